@@ -1,0 +1,43 @@
+# Python 3.10 or newer is all that is needed; another one than python3: make PYTHON=python3.12 ...
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help course lab test lint clean lock
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+course: $(VENV)/.installed  ## all five notebooks, headless: make course ARGS="--set seed=1"
+	$(BIN)/python -m lab course $(ARGS)
+
+lab: $(VENV)/.installed  ## the notebooks in a browser
+	$(BIN)/jupyter lab $(ARGS)
+
+test: lint  ## lint, then every test: make test ARGS="-k gae"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed  ## style and format of code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove model/ and tokenizer/
+	rm -rf model tokenizer
+
+lock:  ## write requirements.txt anew from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+		--quiet --no-annotate --custom-compile-command "make lock" --output-file requirements.txt
+
+# Only a finished install leaves the stamp; a broken one starts over.
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c '' || { echo "$(PYTHON) does not run: install Python 3.10 or newer, or name\
+	 yours: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too\
+	 old: Python 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual\
+	 environments: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@

@@ -1,0 +1,90 @@
+"""The whole course for several seeds: what each stage is worth, and how far that depends on luck.
+
+    python bench/seeds.py --seeds 0 1 2 --out seeds.json
+
+Runs all training stages without notebooks, each seed in a folder of its own, and judges the models on
+the eval rows exactly as 4_test does. Prints one line a seed, then mean and range.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pandas as pd  # noqa: E402
+
+import util  # noqa: E402
+from lab import report, world  # noqa: E402
+
+STAGES = {
+    "base": util.train_base,
+    "actor": util.train_actor,
+    "critic": util.train_critic,
+    "rlhf": util.train_rlhf,
+}
+
+
+def pipeline(seed, folder, rows, parameters):
+    """Trains all four stages in `folder` and judges them; the figures of one seed."""
+    (folder / "dataset").symlink_to(ROOT / "dataset")
+    cfg = util.Config("tiny", root=str(folder), seed=seed, **parameters)
+    seconds = {}
+    for name, train in STAGES.items():
+        start = time.perf_counter()
+        for _ in train(cfg):
+            pass
+        seconds[name] = round(time.perf_counter() - start, 1)
+    _, reference = util.load_pair(cfg, "actor")
+    critic = util.artifact(cfg.root, "critic")
+    reward = util.RewardModel(critic, cfg)
+    models = {}
+    for name in ("base", "actor", "rlhf"):
+        tokenizer, model = util.load_pair(cfg, name)
+        asked = model, reference, reward, tokenizer, rows, cfg
+        answers = [util.evaluate(*asked, util.dice(cfg, "test"), t) for t in (None, 0)]
+        models[name] = report.summarise(*answers)
+    scorer, tokenizer = util.load_scorer(critic, cfg), util.load_tokenizer(critic)
+    pairs = pd.DataFrame(util.judge_critic(scorer, tokenizer, rows, cfg))
+    summary = report.critic_summary(pairs)
+    return {"seed": seed, "seconds": seconds, "models": models, "critic": summary}
+
+
+def line(run):
+    judges = {name: m["judge"]["mean"] for name, m in run["models"].items()}
+    kinds = {k: round(v, 2) for k, v in run["models"]["rlhf"]["judge"]["kinds"].items()}
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in judges.items())
+    return (
+        f"seed {run['seed']}: {figures}  {kinds}  critic {run['critic']['accuracy']:.3f}  "
+        f"KL {run['models']['rlhf']['kl']:.2f}  {sum(run['seconds'].values()):.0f} s {run['seconds']}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", choices=["eval", "tune"], default="eval", help="tune: for recipes")
+    parser.add_argument("--set", nargs="*", default=[], metavar="name=value", help="parameters")
+    parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
+    args = parser.parse_args()
+    rows = list(world.rows(world.World(), args.split, 1_000))
+    parameters = dict(pair.split("=", 1) for pair in args.set)
+    runs = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(pipeline(seed, Path(folder), rows, parameters))
+        print(line(runs[-1]), flush=True)
+    table = pd.DataFrame(
+        {name: run["models"][name]["judge"]["mean"] for name in run["models"]} for run in runs
+    )
+    print(table.agg(["mean", "min", "max"]).round(3).to_string())
+    if args.out:
+        args.out.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Runs and what they leave behind: whole folders or none, and every number that was measured."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+NOTEBOOKS = {
+    "base": "0_download.ipynb",
+    "actor": "1_actor.ipynb",
+    "critic": "2_critic.ipynb",
+    "rlhf": "3_rlhf.ipynb",
+    "report": "4_test.ipynb",
+}
+
+
+class CourseError(Exception):
+    """Something the person in front of the screen can mend: one sentence, no traceback."""
+
+    def _render_traceback_(self):  # what Jupyter shows in place of a traceback
+        return [f"{type(self).__name__}: {self}"]
+
+
+def digest(*paths):
+    """One hash over the contents of some files."""
+    whole = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def artifact(root, name):
+    """The folder of a finished stage, after checking that it is whole and fits its inputs."""
+    folder = Path(root) / "model" / name
+    old = folder.with_name(f".{name}.old")
+    if not folder.exists() and old.exists():  # stopped between the two renames of `publish`
+        old.rename(folder)
+    record = read_record(root, name)
+    lost = [f for f, size in record["files"].items() if file_size(folder / f) != size]
+    if lost:
+        raise CourseError(f"model/{name} is damaged ({lost[0]}): run {NOTEBOOKS[name]} again.")
+    for source, made_from in record["inputs"].items():
+        if read_record(root, source)["id"] != made_from:
+            raise CourseError(
+                f"model/{name} was made from another model/{source} than the one there now: "
+                f"run {NOTEBOOKS[name]} again."
+            )
+        artifact(root, source)
+    return folder
+
+
+def read_record(root, name):
+    path = Path(root) / "model" / name / "stage.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise CourseError(f"{path} cannot be read: run {NOTEBOOKS[name]} again.") from None
+
+
+def read_metrics(root, name):
+    """The metrics of a finished stage, a dict a step."""
+    with open(artifact(root, name) / "metrics.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def file_size(path):
+    return path.stat().st_size if path.exists() else None
+
+
+def peak_memory_mb():
+    """The most memory this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def versions():
+    names = ("torch", "transformers", "numpy")
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+class Stage:
+    """The folder a stage writes: built beside its place, moved there when it is complete.
+
+    Stopped half-way, whatever stood in `model/<name>` before is untouched.
+    """
+
+    def __init__(self, root, name, config, inputs=(), data=()):
+        self.root, self.name, self.config = Path(root), name, config
+        self.inputs = {source: read_record(root, source)["id"] for source in inputs}
+        for source in inputs:
+            artifact(root, source)
+        self.data = {Path(path).name: digest(path) for path in data}
+        self.target = self.root / "model" / name
+        self.folder = self.target.with_name(f".{name}.partial")
+        self.summary = {}
+
+    def __enter__(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.started = time.perf_counter()
+        return self
+
+    def log(self, metrics):
+        """One step's metrics: kept as a line, handed on to whoever watches."""
+        metrics = {name: round(v, 6) if type(v) is float else v for name, v in metrics.items()}
+        self.metrics.write(json.dumps(metrics) + "\n")
+        self.metrics.flush()
+        return metrics
+
+    def samples(self, rows):
+        """Answers worth reading, a line each in samples.jsonl."""
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def __exit__(self, kind, error, trace):
+        self.metrics.close()
+        if kind is None:
+            self.publish()
+
+    def publish(self):
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        record = {
+            "stage": self.name,
+            "id": digest(*(weights or files)),
+            "config": self.config,
+            "inputs": self.inputs,
+            "data": self.data,
+            "versions": versions(),
+            "metrics": self.summary,
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_mb": round(peak_memory_mb()),
+            "files": {str(path.relative_to(self.folder)): file_size(path) for path in files},
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        (self.folder / "stage.json").write_text(text, encoding="utf-8")
+        old = self.target.with_name(f".{self.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.target.exists():
+            os.replace(self.target, old)
+        os.replace(self.folder, self.target)
+        shutil.rmtree(old, ignore_errors=True)

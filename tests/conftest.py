@@ -1,0 +1,145 @@
+"""What the tests share: a tokenizer and random models of four families, small enough for seconds."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test of this suite may need a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
+import util
+from lab import world
+
+settings.register_profile("course", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("course")
+
+FAMILIES = ("opt", "gpt2", "llama", "qwen2")
+PAD, EOS, VOCABULARY = 0, 1, 61
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads():
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The repository."""
+    return ROOT
+
+
+def shape_of(family, vocabulary):
+    """A config of the family, wide of scale so that random weights have opinions."""
+    if family == "opt":
+        return OPTConfig(
+            vocab_size=vocabulary, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
+            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=200, init_std=0.4,
+            pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+        )  # fmt: skip
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=200,
+            initializer_range=0.4, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+        )  # fmt: skip
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    return kind(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=200,
+        initializer_range=0.4, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+    )  # fmt: skip
+
+
+def random_model(family="opt", vocabulary=VOCABULARY, seed=0, **changes):
+    """A causal model with random weights, in eval mode. `changes` go into its config."""
+    shape = shape_of(family, vocabulary)
+    for name, value in changes.items():
+        setattr(shape, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+
+
+def document_text(document):
+    """A document of the world as one text, whether it comes whole or as (question, answer)."""
+    return document if isinstance(document, str) else " ".join(document)
+
+
+def left_padded(rows, value=PAD, extra=0):
+    """Lists of ids as (ids, mask), written apart from util's own padding."""
+    width = max(map(len, rows)) + extra
+    ids = [[value] * (width - len(row)) + row for row in rows]
+    mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def right_padded(rows, value=PAD, extra=0):
+    width = max(map(len, rows)) + extra
+    ids = [row + [value] * (width - len(row)) for row in rows]
+    mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.fixture(scope="session", name="document_text")
+def document_text_fixture():
+    return document_text
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return random_model
+
+
+@pytest.fixture(scope="session")
+def pad_left():
+    return left_padded
+
+
+@pytest.fixture(scope="session")
+def pad_right():
+    return right_padded
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request):
+    """One random model of each family; tests leave its weights alone."""
+    return random_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    texts = [document_text(d) for d in world.documents(world.World(seed=0), 300)]
+    return util.train_tokenizer(texts + [world.TEMPLATE], 600)
+
+
+@pytest.fixture(scope="session")
+def text_model(tokenizer):
+    """A random model that knows the tokenizer's vocabulary."""
+    return random_model("opt", len(tokenizer))
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes rows as tmp_path/dataset/train.json and returns tmp_path, a course's root."""
+    import json
+
+    def write(rows, name="train.json"):
+        folder = tmp_path / "dataset"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return write

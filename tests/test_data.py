@@ -1,0 +1,360 @@
+"""Config, rows, batches and tokens: sections 1 to 3 of util, and lab/data.py."""
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import util
+from lab.data import read_rows
+from lab.runs import CourseError
+
+# ------------------------------------------------------------------------------------------ Config
+
+
+@pytest.mark.parametrize("preset", ["auto", *util.PRESETS])
+def test_presets_load_and_are_what_they_say(preset):
+    cfg = util.Config(preset)
+    assert cfg.preset == preset
+    for name, value in util.PRESETS.get(preset, {}).items():
+        assert getattr(cfg, name) == value
+
+
+def test_the_presets_of_the_design_exist():
+    assert {"tiny", "colab", "full"} <= set(util.PRESETS)
+
+
+def test_unknown_names_are_errors_that_name_the_nearest():
+    with pytest.raises(CourseError, match="'colab'"):
+        util.Config("collab")
+    with pytest.raises(CourseError, match="'policy_lr'"):
+        util.Config("tiny", polcy_lr=1e-4)
+    with pytest.raises(CourseError, match="learning"):
+        util.Config("tiny", learning=1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(sft_share=0.9),
+        dict(sft_share=-0.1),
+        dict(minibatch=1_000, rollout=8),
+        dict(minibatch=0),
+        dict(rollout=0),
+        dict(hidden_size=130, heads=4),
+        dict(heads=0),
+        dict(gamma=1.1),
+        dict(lam=-0.1),
+        dict(lam=1.01),
+        dict(temperature=0),
+        dict(temperature="nan"),
+        dict(warmup=1.0),
+        dict(max_prompt=0),
+        dict(max_new_tokens=0),
+        dict(steps=0),
+        dict(steps=-3),
+        dict(steps=2.5),
+        dict(steps="many"),
+        dict(seed=-1),
+        dict(policy_lr=-1e-4),
+        dict(policy_lr="inf"),
+        dict(policy_lr="fast"),
+        dict(whiten="perhaps"),
+        dict(device=3),
+        dict(norm_answers=1),
+        dict(clip_ratio=float("nan")),
+        dict(eval_batch=True),
+    ],
+    ids=repr,
+)
+def test_impossible_values_raise_and_are_named(values):
+    with pytest.raises(CourseError, match=next(iter(values)) + r"|multiple of heads"):
+        util.Config("tiny", **values)
+
+
+def test_none_means_what_the_preset_says():
+    assert util.Config("colab", steps=None) == util.Config("colab")
+    assert util.Config("colab", steps=7).steps == 7
+
+
+def test_text_becomes_the_type_of_the_field():
+    cfg = util.Config("tiny", policy_lr="2e-5", steps="12", rollout=96.0, whiten="false", seed="3")
+    values = cfg.policy_lr, cfg.steps, cfg.rollout, cfg.whiten, cfg.seed
+    assert values == (2e-5, 12, 96, False, 3)
+    assert [type(value) for value in values] == [float, int, int, bool, int]
+
+
+def test_a_config_cannot_be_changed_and_survives_json():
+    from dataclasses import FrozenInstanceError, asdict
+
+    cfg = util.Config("full", seed=4)
+    with pytest.raises(FrozenInstanceError):
+        cfg.seed = 5
+    assert util.Config(**json.loads(json.dumps(asdict(cfg)))) == cfg
+
+
+def test_dice_depend_on_seed_and_purpose_only():
+    def throw(seed, *purpose):
+        return torch.rand(4, generator=util.dice(util.Config("tiny", seed=seed), *purpose)).tolist()
+
+    assert throw(0, "rollout", 3) == throw(0, "rollout", 3)
+    others = [throw(1, "rollout", 3), throw(0, "rollout", 4), throw(0, "shares"), throw(0)]
+    assert throw(0, "rollout", 3) not in others
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+GOOD = {"prompt": "Human: hi Assistant:", "chosen": "a", "rejected": "b", "response": "c"}
+
+
+def stored(tmp_path, text, mode="utf-8"):
+    path = tmp_path / "rows.json"
+    path.write_bytes(text.encode(mode))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(GOOD) + "\n" + json.dumps(GOOD),
+        json.dumps([GOOD, GOOD], indent=1),
+        "\n\n" + json.dumps(GOOD) + "\n   \n" + json.dumps(GOOD) + "\n\n",
+        json.dumps(GOOD) + "\r\n" + json.dumps(GOOD) + "\r\n",
+        "  \n" + json.dumps([GOOD, GOOD]),
+    ],
+    ids=["lines", "list", "blank lines", "windows", "list after blanks"],
+)
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_rows_come_out_of_every_layout(tmp_path, text, bom):
+    assert read_rows(stored(tmp_path, bom + text), GOOD) == [GOOD, GOOD]
+
+
+def test_text_of_any_script_survives(tmp_path):
+    row = GOOD | {"chosen": "naïve 東京 \u2028 🙂 \x85 tab\t"}
+    text = json.dumps(row, ensure_ascii=False)
+    assert read_rows(stored(tmp_path, text))[0]["chosen"] == row["chosen"]
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    path = stored(tmp_path, json.dumps(GOOD) + "\n\n{'prompt': 1}\n")
+    with pytest.raises(CourseError, match=re.escape(f"{path}, line 3")):
+        read_rows(path)
+
+
+def test_a_missing_field_is_named_with_its_line(tmp_path):
+    path = stored(tmp_path, json.dumps(GOOD) + "\n" + json.dumps({"prompt": "x", "chosen": "y"}))
+    with pytest.raises(CourseError, match="line 2.*'rejected'"):
+        read_rows(path, ("prompt", "chosen", "rejected"))
+
+
+@pytest.mark.parametrize("value", [None, 3, ["text"], {"a": "b"}])
+def test_a_field_that_is_no_text_is_refused(tmp_path, value):
+    with pytest.raises(CourseError, match="line 1.*'prompt'"):
+        read_rows(stored(tmp_path, json.dumps(GOOD | {"prompt": value})))
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "[]", "[1, 2]", "3", '["a"]', "null", '"text"'])
+def test_what_holds_no_rows_is_a_course_error(tmp_path, text):
+    with pytest.raises(CourseError, match="rows.json"):
+        read_rows(stored(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_or_not_text_is_a_course_error(tmp_path):
+    with pytest.raises(CourseError, match="nowhere.json"):
+        read_rows(tmp_path / "nowhere.json")
+    with pytest.raises(CourseError, match="rows.json"):
+        read_rows(stored(tmp_path, json.dumps(GOOD, ensure_ascii=False) + "é", mode="latin-1"))
+
+
+def test_prompts_get_the_dialogue_frame_once(tmp_path):
+    rows = [{"prompt": " What now? "}, {"prompt": "Human: What now? Assistant:"}]
+    path = stored(tmp_path, "\n".join(json.dumps(row) for row in rows))
+    assert [row["prompt"] for row in read_rows(path)] == ["Human: What now? Assistant:"] * 2
+
+
+# ---------------------------------------------------------------------------------- shares, batches
+
+
+def test_shares_are_disjoint_and_together_everything(write_rows):
+    root = write_rows([{"prompt": f"Human: {i} Assistant:"} for i in range(203)])
+    cfg = util.Config("tiny", root=str(root))
+    shares = [util.load_rows(cfg, share) for share in ("sft", "preference", "prompt")]
+    seen = [row["prompt"] for rows in shares for row in rows]
+    assert len(seen) == len(set(seen)) == 203
+    assert [len(rows) for rows in shares] == [102, 81, 20]
+    assert util.load_rows(cfg, "sft") == shares[0] != util.load_rows(
+        util.Config("tiny", root=str(root), seed=1), "sft"
+    )
+
+
+@given(st.floats(0.01, 1), st.floats(0.01, 1), st.floats(0.01, 1), st.integers(1, 400))
+def test_any_shares_are_disjoint(a, b, c, count):
+    from unittest import mock
+
+    total = max(1.0, a + b + c)
+    shares = dict(sft_share=a / total, preference_share=b / total, prompt_share=c / total)
+    seen = []
+    with mock.patch.object(util, "read_rows", lambda *_: list(range(count))):
+        for share in ("sft", "preference", "prompt"):
+            try:
+                seen += util.load_rows(util.Config("tiny", **shares), share)
+            except CourseError as error:
+                assert "leaves none" in str(error)
+    assert len(seen) == len(set(seen))
+
+
+def test_a_share_of_nothing_is_an_error(write_rows):
+    root = write_rows([GOOD] * 3)
+    with pytest.raises(CourseError, match="prompt_share"):
+        util.load_rows(util.Config("tiny", root=str(root), prompt_share=0.01), "prompt")
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=120), st.integers(1, 9), st.integers(0, 9))
+def test_batches_are_a_permutation_of_all_rows(lengths, size, seed):
+    out = list(util.batches(lengths, size, torch.Generator().manual_seed(seed), pool=3))
+    assert sorted(i for batch in out for i in batch) == list(range(len(lengths)))
+    assert sorted(map(len, out))[1:] == [size] * (len(out) - 1) and max(map(len, out)) <= size
+
+
+def test_batches_follow_the_generator_and_hold_rows_of_like_length():
+    lengths = torch.randint(1, 100, (640,), generator=torch.Generator().manual_seed(0)).tolist()
+    one, two, three = (
+        list(util.batches(lengths, 8, torch.Generator().manual_seed(seed))) for seed in (1, 1, 2)
+    )
+    assert one == two != three
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in one) / len(one)
+    assert spread < 20  # by chance it would be near 78
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@pytest.fixture
+def cfg():
+    return util.Config("tiny", device="cpu", max_prompt=20, max_new_tokens=8)
+
+
+def test_a_long_prompt_loses_its_front_and_keeps_assistant(tokenizer, cfg):
+    prompt = "Human: " + "one two three four five " * 30 + "Assistant:"
+    whole = tokenizer(prompt)["input_ids"]
+    ids = util.encode_prompt(tokenizer, prompt, cfg.max_prompt)
+    assert len(whole) > 20 and ids == whole[-20:]
+    assert tokenizer.decode(ids).endswith("Assistant:")
+    assert util.encode_prompt(tokenizer, "Human: hi Assistant:", 20) == tokenizer(
+        "Human: hi Assistant:"
+    )["input_ids"]
+
+
+@given(answer=TEXT, limit=st.integers(1, 12))
+def test_answers_end_with_exactly_one_eos(tokenizer, answer, limit):
+    ids = util.encode_answer(tokenizer, answer, limit)
+    eos = tokenizer.eos_token_id
+    assert 1 <= len(ids) <= limit and ids[-1] == eos and eos not in ids[:-1]
+
+
+@pytest.mark.parametrize("answer", ["fine.</s>", "fine. </s> ", "</s>", "a</s>b"])
+def test_an_eos_written_in_the_answer_does_not_double_it(tokenizer, answer):
+    ids = util.encode_answer(tokenizer, answer, 30)
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+
+
+@given(answer=TEXT)
+def test_answers_survive_the_round_trip(tokenizer, answer):
+    cfg = util.Config("tiny", device="cpu", max_new_tokens=400)
+    *_, ids, mask = util.encode_pairs(tokenizer, ["Human: x Assistant:"], [answer], cfg, "cpu")
+    assert util.decode(tokenizer, ids, mask) == [answer.strip()]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=5), st.integers(0, 3))
+def test_padding_masks_come_from_lengths(rows, value):
+    for side in ("left", "right"):
+        ids, mask = util.pad(rows, value, side, "cpu")
+        assert ids.shape == mask.shape == (len(rows), max(1, *map(len, rows), 0))
+        for row, real, out in zip(rows, mask, ids):
+            assert out[real].tolist() == row and (out[~real] == value).all()
+            ordered = real.tolist() if side == "right" else real.tolist()[::-1]
+            assert ordered == sorted(ordered, reverse=True)
+
+
+def test_the_mask_keeps_the_eos_even_if_padding_is_eos_too(tokenizer, tmp_path, cfg):
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    bare = util.load_tokenizer(tmp_path)
+    assert bare.pad_token_id == bare.eos_token_id
+    prompts = ["Human: a longer one here Assistant:", "Human: x Assistant:"]
+    out = util.encode_pairs(bare, prompts, ["yes", "no, I will not"], cfg, "cpu")
+    prompt_ids, prompt_mask, response_ids, response_mask = out
+    for b, (prompt, answer) in enumerate(zip(prompts, ["yes", "no, I will not"])):
+        assert prompt_ids[b][prompt_mask[b]].tolist() == bare(prompt)["input_ids"][-20:]
+        kept = response_ids[b][response_mask[b]].tolist()
+        assert kept == util.encode_answer(bare, answer, 8) and kept[-1] == bare.eos_token_id
+    assert util.ended(response_ids, response_mask, bare.eos_token_id).tolist() == [True, True]
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("eos_token", "bos_token")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CourseError, match="eos"):
+        util.load_tokenizer(tmp_path)
+
+
+def test_ended_asks_the_last_real_token():
+    ids = torch.tensor([[5, 1, 0], [1, 5, 1], [5, 5, 2], [1, 1, 1]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    assert util.ended(ids, mask, 1).tolist() == [True, False, False, False]
+    assert util.ended(ids, mask, [1, 2]).tolist() == [True, False, True, False]
+    assert util.ended(ids, mask, None).tolist() == [False] * 4
+
+
+# ---------------------------------------------------------------------------------------- SFT loss
+
+PAIRS = [
+    {"prompt": "Human: How are you? Assistant:", "response": "fine"},
+    {"prompt": "Human: Tell me all that you know about farms. Assistant:", "response": "I will"},
+    {"prompt": "Human: x Assistant:", "response": "It is much too long to be an answer here"},
+]
+
+
+def test_the_sft_loss_is_cross_entropy_on_the_answers_alone(tokenizer, text_model, cfg):
+    """Against `labels` of -100 on prompts, row by row, without padding."""
+    total = count = 0
+    for row in PAIRS:
+        prompt = util.encode_prompt(tokenizer, row["prompt"], cfg.max_prompt)
+        answer = util.encode_answer(tokenizer, row["response"], cfg.max_new_tokens)
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        loss = text_model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
+        total, count = total + loss.item() * len(answer), count + len(answer)
+    ours = util.sft_loss(text_model, tokenizer, PAIRS, cfg)
+    assert ours.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_sft_gradient_comes_from_answers_alone(tokenizer, text_model, cfg):
+    """The gradient at the logits is 0 wherever the next token is no answer token."""
+    import torch.nn as nn
+
+    class Spy(nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, attention_mask, position_ids=None, **_):
+            out = text_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self.logits = out.logits.detach().requires_grad_()
+            out.logits = self.logits
+            return out
+
+    spy = Spy()
+    util.sft_loss(spy, tokenizer, PAIRS, cfg).backward()
+    *_, prompt_mask, ids, mask = util.encode_pairs(
+        tokenizer, [r["prompt"] for r in PAIRS], [r["response"] for r in PAIRS], cfg, "cpu"
+    )
+    next_is_answer = torch.cat([torch.zeros_like(prompt_mask), mask], dim=1)[:, 1:]
+    touched = spy.logits.grad.abs().sum(-1) > 0
+    assert torch.equal(touched, next_is_answer)

@@ -1,0 +1,1180 @@
+"""RLHF on one blackboard: everything the course teaches, to be read from top to bottom.
+
+Contents
+    1. Config              every number of the course, its presets, its checks
+    2. Data                rows, their shares, batches
+    3. Tokens              prompts padded on the left, answers on the right
+    4. Models              base, actor, critic: plain Hugging Face models
+    5. Generation          sampling with a cache
+    6. Log-probs           what a model thinks of an answer
+    7. Masked statistics   means over real tokens only
+    8. Losses              reward model, PPO, GRPO, DPO: pure functions of tensors
+    9. Rewards             the reward model as a callable, the KL price, the rollout
+    10. Optimisation       the one place where weights change
+    11. Training           generators that yield one dict of metrics a step
+    12. Evaluation         answers, their scores, their distance from the reference
+
+Letters: B rows, P prompt length (left-padded), R response length (right-padded), T = P + R,
+V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made from
+lengths. The shift by one between logits and tokens happens in `answer_logits` and nowhere else.
+
+Left out on purpose: several machines, tool use, answers in several turns. What is no lesson (files,
+plots, the world and its judge) lives in `lab/`.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lab import world
+from lab.data import read_rows
+from lab.runs import CourseError, Stage, artifact, read_record
+
+# ------------------------------------------------------------------------------------------------
+# 1. Config
+
+
+def knob(default, stages, meaning):
+    """A field of Config: its default, the notebooks that read it, what it means."""
+    return field(default=default, metadata={"stages": stages.split(), "meaning": meaning})
+
+
+@dataclass(init=False, frozen=True)
+class Config:
+    """Every number of the course. The defaults are the preset `tiny`; None means "as the preset says"."""
+
+    # all stages
+    preset: str = knob("auto", "all", "tiny, colab, full or smoke; auto: what suits the base model")
+    root: str = knob(".", "all", "the folder that holds dataset/, tokenizer/ and model/")
+    seed: int = knob(0, "all", "the same seed on the same machine gives the same numbers")
+    device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
+    max_prompt: int = knob(80, "all", "tokens of a prompt; longer ones lose their front")
+    max_new_tokens: int = knob(40, "all", "tokens of an answer, its eos included")
+    sft_share: float = knob(0.5, "all", "share of train.json that 1_actor learns from")
+    preference_share: float = knob(0.4, "all", "share whose pairs 2_critic learns from")
+    prompt_share: float = knob(0.1, "all", "share whose prompts 3_rlhf answers")
+    eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
+    validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
+    weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW's weight decay")
+    beta2: float = knob(0.95, "base actor critic rlhf", "AdamW's second moment decay")
+    grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of a gradient")
+    warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps spent warming up")
+    # 0_download
+    base_model: str = knob("auto", "base", "auto, tiny, a hub name or a local folder")
+    fallback: bool = knob(True, "base", "a model that will not load: take tiny (else: an error)")
+    vocab_size: int = knob(1280, "base", "tiny: tokens of the tokenizer at most")
+    hidden_size: int = knob(128, "base", "tiny: width")
+    layers: int = knob(2, "base", "tiny: layers")
+    heads: int = knob(4, "base", "tiny: attention heads")
+    init_std: float = knob(0.06, "base", "tiny: scale of the random weights; decides all (see 0)")
+    pretrain_documents: int = knob(50_000, "base", "tiny: documents of pretraining text")
+    pretrain_steps: int = knob(1_000, "base", "tiny: steps of pretraining")
+    pretrain_batch: int = knob(16, "base", "tiny: blocks a step")
+    pretrain_length: int = knob(128, "base", "tiny: tokens a block, and the longest text it can read")
+    pretrain_lr: float = knob(4e-3, "base", "tiny: peak learning rate")
+    # 1_actor
+    actor_lr: float = knob(1e-3, "actor", "peak learning rate")
+    actor_batch: int = knob(32, "actor", "rows a step")
+    actor_epochs: int = knob(1, "actor", "passes over the rows")
+    # 2_critic
+    critic_lr: float = knob(5e-4, "critic", "peak learning rate")
+    critic_batch: int = knob(16, "critic", "pairs a step")
+    critic_epochs: int = knob(1, "critic", "passes over the pairs")
+    score_penalty: float = knob(0.001, "critic", "price of large scores: keeps them near zero")
+    norm_prompts: int = knob(64, "critic", "prompts whose answers set the scale of the scores")
+    norm_answers: int = knob(4, "critic", "answers to each of them")
+    # 3_rlhf
+    steps: int = knob(30, "rlhf", "rollouts")
+    rollout: int = knob(96, "rlhf", "prompts a rollout")
+    ppo_epochs: int = knob(2, "rlhf", "passes over each rollout")
+    minibatch: int = knob(48, "rlhf", "answers an update")
+    policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
+    value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
+    temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
+    kl_coef: float = knob(0.05, "rlhf", "price of a nat of KL to the actor, per token")
+    kl_target: float = knob(0.0, "rlhf", "KL per answer to steer kl_coef to; 0: kl_coef stays fixed")
+    kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
+    gamma: float = knob(1.0, "rlhf", "discount of later rewards")
+    lam: float = knob(1.0, "rlhf", "GAE's lambda: 1 trusts the reward, 0 trusts the values")
+    clip_ratio: float = knob(0.2, "rlhf", "how far the ratio may move before its gradient stops")
+    value_clip: float = knob(0.2, "rlhf", "how far a value may move before its gradient stops")
+    value_coef: float = knob(1.0, "rlhf", "weight of the value loss")
+    entropy_coef: float = knob(0.0, "rlhf", "bonus for staying undecided")
+    whiten: bool = knob(True, "rlhf", "advantages with mean 0 and deviation 1")
+    reward_clip: float = knob(4.0, "rlhf", "scores are cut to plus or minus this")
+    missing_eos_penalty: float = knob(3.0, "rlhf", "taken off the score of an answer without eos")
+    stop_kl: float = knob(0.1, "rlhf", "KL to the rollout at which the epochs on it end; 0: never")
+    sample_every: int = knob(5, "rlhf", "steps between two looks at the same fixed prompts")
+    # 4_test
+    test_rows: int = knob(1_000, "test", "rows of eval.json to answer, at most")
+
+    def __init__(self, preset="auto", **values):
+        if preset not in ("auto", *PRESETS):
+            raise CourseError(f"preset = {preset!r} is not known{nearest(preset, PRESETS)}.")
+        known = {f.name: f for f in fields(self)}
+        for name in values:
+            if name not in known:
+                raise CourseError(f"{name!r} is not a parameter{nearest(name, known)}.")
+        given = {name: value for name, value in values.items() if value is not None}
+        merged = {name: f.default for name, f in known.items()} | PRESETS.get(preset, {}) | given
+        for name, value in {**merged, "preset": preset}.items():
+            object.__setattr__(self, name, converted(name, value, known[name].type))
+        self.check()
+
+    @classmethod
+    def of(cls, preset="auto", root=".", **values):
+        """A Config for a notebook: preset auto is what suits the base model that 0_download took."""
+        base = Path(root) / "model" / "base" / "stage.json"
+        if preset == "auto" and base.exists():
+            record = read_record(root, "base")
+            preset = record["config"]["preset"]
+            preset = record["metrics"]["preset"] if preset == "auto" else preset
+        return cls(preset, root=root, **values)
+
+    def check(self):
+        """Raises on what cannot work, with the numbers in the message."""
+        shares = self.sft_share, self.preference_share, self.prompt_share
+        for name, fine, rule in (
+            ("sft_share", min(shares) >= 0 and sum(shares) <= 1.0001, "shares add up to at most 1"),
+            ("minibatch", 1 <= self.minibatch <= self.rollout, "between 1 and rollout"),
+            ("hidden_size", self.hidden_size % self.heads == 0, "a multiple of heads"),
+            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
+            ("lam", 0 <= self.lam <= 1, "between 0 and 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("warmup", 0 <= self.warmup < 1, "at least 0, below 1"),
+            ("norm_answers", self.norm_answers >= 2, "at least 2: a spread needs two answers"),
+        ):
+            if not fine:
+                raise CourseError(f"{name} = {getattr(self, name)!r} is impossible: {rule}.")
+        for f in fields(self):
+            value, floor = getattr(self, f.name), 0 if f.name in MAY_BE_ZERO else 1
+            if f.type is int and value < floor or f.type is float and not 0 <= value < math.inf:
+                raise CourseError(f"{f.name} = {value} is impossible: it must be at least {floor}.")
+
+
+MAY_BE_ZERO = {"seed", "validation_rows"}
+PRESETS = {
+    "tiny": {},
+    "smoke": dict(
+        pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32, vocab_size=600,
+        sft_share=0.02, preference_share=0.02, prompt_share=0.01, validation_rows=16, actor_batch=16,
+        norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16, sample_every=1,
+        test_rows=24, eval_batch=24,
+    ),
+    "colab": dict(
+        actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8,
+        max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
+        policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, eval_batch=64,
+    ),
+}  # fmt: skip
+PRESETS["full"] = PRESETS["colab"] | dict(gamma=0.99, lam=0.95, value_coef=0.5, entropy_coef=0.01)
+
+
+def nearest(name, known):
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}" if close else f"; known are {', '.join(known)}"
+
+
+def converted(name, value, kind):
+    """The value as its field's type: YAML and the command line hand over 2e-5 as text."""
+    try:
+        if kind is bool and str(value).lower() in ("true", "false", "1", "0"):
+            return str(value).lower() in ("true", "1")
+        if kind is float and not isinstance(value, bool) or kind is int and float(value) == int(value):
+            return kind(value)
+        if kind is str and isinstance(value, str):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise CourseError(f"{name} = {value!r} is impossible: it must be of type {kind.__name__}.")
+
+
+def pick_device(cfg):
+    cuda = torch.cuda.is_available()
+    return torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
+
+
+def dice(cfg, *purpose):
+    """A random generator for one purpose, e.g. ("rollout", 7): no state to carry from step to step."""
+    name = hashlib.md5(repr((cfg.seed, *purpose)).encode()).hexdigest()
+    return torch.Generator().manual_seed(int(name[:15], 16))
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Data
+
+
+def load_rows(cfg, share, needs=("prompt",)):
+    """The rows of train.json that belong to one stage: "sft", "preference" or "prompt"."""
+    rows = read_rows(Path(cfg.root) / "dataset" / "train.json", needs)
+    order = torch.randperm(len(rows), generator=dice(cfg, "shares")).tolist()
+    first = {"sft": 0, "preference": cfg.sft_share}
+    start = first.get(share, cfg.sft_share + cfg.preference_share)
+    stop = start + getattr(cfg, f"{share}_share")
+    chosen = order[round(start * len(rows)) : round(stop * len(rows))]
+    if not chosen:
+        raise CourseError(f"{share}_share = {stop - start:g} of {len(rows)} rows leaves none.")
+    return [rows[i] for i in chosen]
+
+
+def load_eval_rows(cfg):
+    return read_rows(Path(cfg.root) / "dataset" / "eval.json")[: cfg.test_rows]
+
+
+def batches(lengths, size, generator, pool=16):
+    """One epoch of index lists, in random order, rows of like length together (less padding)."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    groups = [order[i : i + size * pool] for i in range(0, len(order), size * pool)]
+    order = [i for group in groups for i in sorted(group, key=lambda row: lengths[row])]
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    for i in torch.randperm(len(chunks), generator=generator).tolist():
+        yield chunks[i]
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Tokens
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE: any text can be written, and words that occur often become one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="</s>"
+    )
+
+
+def load_tokenizer(path):
+    """A tokenizer from a folder or the hub. One without padding pads with its eos: masks tell."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise CourseError(f"The tokenizer in {path} has no eos token, so no answer could end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt, limit):
+    """Token ids of a prompt. One that is too long loses its front, so that "Assistant:" stays."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[len(ids) - limit :] if len(ids) > limit else ids
+
+
+def encode_answer(tokenizer, answer, limit):
+    """Token ids of an answer, eos at its end: a model learns to stop only where it sees a stop."""
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
+    return ids[: limit - 1] + [tokenizer.eos_token_id]
+
+
+def pad(sequences, value, side, device):
+    """Lists of ids as one tensor, and the mask of what is real. The mask comes from the lengths."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    width = max(int(lengths.max()), 1)
+    position = torch.arange(width)
+    if side == "left":
+        rows = [[value] * (width - len(ids)) + list(ids) for ids in sequences]
+        mask = position >= width - lengths[:, None]
+    else:
+        rows = [list(ids) + [value] * (width - len(ids)) for ids in sequences]
+        mask = position < lengths[:, None]
+    return torch.tensor(rows).to(device), mask.to(device)
+
+
+def encode_prompts(tokenizer, prompts, cfg, device):
+    """Texts -> (prompt_ids, prompt_mask), left-padded so that every answer starts at the same place."""
+    ids = [encode_prompt(tokenizer, prompt, cfg.max_prompt) for prompt in prompts]
+    return pad(ids, tokenizer.pad_token_id, "left", device)  # (B, P)
+
+
+def encode_pairs(tokenizer, prompts, answers, cfg, device):
+    """Texts -> the four tensors that every scoring function takes."""
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, cfg, device)  # (B, P)
+    ids = [encode_answer(tokenizer, answer, cfg.max_new_tokens) for answer in answers]
+    return prompt_ids, prompt_mask, *pad(ids, tokenizer.pad_token_id, "right", device)  # (B, R)
+
+
+def decode(tokenizer, ids, mask):
+    """The answers as text, without eos and padding."""
+    rows = [row[real].tolist() for row, real in zip(ids, mask)]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def ended(response_ids, response_mask, eos_token_id):
+    """Which answers closed with an eos of their own."""
+    last = response_ids.gather(1, response_mask.sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]  # (B,)
+    return torch.isin(last, as_ids(eos_token_id, last.device)) & response_mask.any(1)
+
+
+def as_ids(token_id, device):
+    """eos may be one id, several, or None."""
+    ids = [] if token_id is None else token_id if isinstance(token_id, (list, tuple)) else [token_id]
+    return torch.tensor(ids, dtype=torch.long, device=device)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Models
+
+
+def tiny_model(cfg, tokenizer):
+    """A small OPT with random weights. At this width OPT's own 0.02 never learns to copy; 0.06 does."""
+    shape = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        word_embed_proj_dim=cfg.hidden_size,
+        ffn_dim=4 * cfg.hidden_size,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        max_position_embeddings=cfg.pretrain_length,
+        init_std=cfg.init_std,
+        dropout=0.0,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return OPTForCausalLM(shape)
+
+
+SAFE = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+
+
+def load_actor(path, cfg):
+    """A causal language model in float32: half precision would lose small updates."""
+    return AutoModelForCausalLM.from_pretrained(path, **SAFE).to(pick_device(cfg)).eval()
+
+
+def load_scorer(path, cfg):
+    """A model with one number per token on top: reward model and value model alike.
+
+    A language model gets its new head set to zero, so that every score starts out equal.
+    """
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    fresh = not any("SequenceClassification" in name for name in shape.architectures or [])
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **SAFE)
+    if fresh:
+        torch.nn.init.zeros_(model.score.weight)
+    return model.to(pick_device(cfg)).eval()
+
+
+def positions(mask):
+    """Position ids that count real tokens only: padding on the left must not shift the text."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def call(model, ids, mask, **extra):
+    """One forward pass over left-padded rows, with what this model's forward understands."""
+    understood = inspect.signature(model.forward).parameters
+    if "position_ids" in understood:
+        extra["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask.long(), **extra)
+
+
+def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """Logits that predict each answer token, (B, R, V): position t sees everything before t."""
+    R = response_ids.shape[1]
+    ids = torch.cat([prompt_ids, response_ids], dim=1)[:, :-1]  # (B, T - 1)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)[:, :-1]
+    return call(model, ids, mask, use_cache=False, logits_to_keep=R).logits[:, -R:].float()
+
+
+def token_scores(scorer, ids, mask):
+    """The scorer's number at every token, (B, T)."""
+    body = getattr(scorer, scorer.base_model_prefix)
+    hidden = call(body, ids, mask, use_cache=False).last_hidden_state
+    return scorer.score(hidden)[..., 0].float()
+
+
+def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
+    """One score per answer, (B,): the number at its last real token, which has read all of it."""
+    ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    last = prompt_ids.shape[1] + response_mask.sum(1, keepdim=True) - 1  # (B, 1)
+    return token_scores(scorer, ids, mask).gather(1, last)[:, 0]
+
+
+def answer_values(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
+    """What the value model expects before each answer token is written, (B, R)."""
+    ids = torch.cat([prompt_ids, response_ids], dim=1)[:, :-1]  # (B, T - 1)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)[:, :-1]
+    values = token_scores(scorer, ids, mask)[:, -response_ids.shape[1] :]  # (B, R)
+    return values * response_mask
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Generation
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt_ids,
+    prompt_mask,
+    *,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    eos_token_id,
+    pad_token_id,
+    generator=None,
+):
+    """Answers, their masks and the log-probs of their tokens: three tensors (B, R).
+
+    Temperature 0 is greedy. The first eos belongs to the answer; behind it lies padding. The log-probs
+    are those of the whole distribution at this temperature, so `response_logprobs` finds the same.
+    """
+    was_training, device, B = model.training, prompt_ids.device, len(prompt_ids)
+    model.eval()
+    ids = torch.full((B, max_new_tokens), pad_token_id, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    lengths = torch.full((B,), max_new_tokens, device=device)
+    stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
+    feed, mask, cache = prompt_ids, prompt_mask, DynamicCache(config=model.config)
+    for t in range(max_new_tokens):
+        out = call(model, feed, mask, use_cache=True, past_key_values=cache, logits_to_keep=1)
+        luck = torch.rand(B, generator=generator, dtype=torch.float64).to(device)
+        token, logprob = pick(out.logits[:, -1].float(), luck[live], temperature, top_k, top_p)
+        ids[live, t], logprobs[live, t] = token, logprob
+        first_stop = torch.isin(token, stops) & (lengths[live] > t + 1)
+        lengths[live[first_stop]] = t + 1
+        running = lengths[live] > t + 1
+        if not running.any():
+            break
+        if running.float().mean() < 0.75:  # finished rows leave the batch, and the cache with them
+            keep = running.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            live, mask, token = live[keep], mask[keep], token[keep]
+        feed, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    model.train(was_training)
+    R = int(lengths.max())
+    response_mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)
+    response_ids = ids[:, :R].masked_fill(~response_mask, pad_token_id)
+    return response_ids, response_mask, logprobs[:, :R] * response_mask
+
+
+def pick(logits, luck, temperature, top_k, top_p):
+    """One token a row and its log-prob: `luck` in [0, 1) is looked up in the cumulative sum."""
+    logits = logits / (temperature or 1.0)  # (B, V)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        ladder = truncated(logits, top_k, top_p).softmax(-1).double().cumsum(-1)
+        token = torch.searchsorted(ladder, luck[:, None] * ladder[:, -1:], right=True)
+        token = token[:, 0].clamp(max=logits.shape[-1] - 1)
+    return token, token_logprobs(logits, token)
+
+
+def truncated(logits, top_k, top_p):
+    """Sets to -inf all but the k likeliest tokens, and all behind the first that together reach p."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        drop = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(drop.scatter(1, index, drop), -math.inf)
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Log-probs
+
+
+def token_logprobs(logits, tokens):
+    """log softmax(logits)[token] without ever holding the whole log-softmax."""
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def entropies(logits):
+    """How undecided each distribution is, in nats."""
+    probs = logits.softmax(-1)
+    return logits.logsumexp(-1) - (probs * logits).sum(-1)
+
+
+def response_logprobs(
+    model, prompt_ids, prompt_mask, response_ids, response_mask, *, temperature=1.0
+):
+    """Log-prob of each answer token, and the entropy of the choice: two tensors (B, R)."""
+    logits = answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask)
+    logits = logits / temperature  # (B, R, V)
+    logprobs = token_logprobs(logits, response_ids)
+    return logprobs * response_mask, entropies(logits) * response_mask
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Masked statistics
+
+
+def masked_mean(x, mask):
+    """Mean over what the mask keeps; 0 if it keeps nothing."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask):
+    """Mean 0 and deviation 1 over what the mask keeps, 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0)
+
+
+def explained_variance(values, returns, mask):
+    """1: the values foresaw the returns. 0: no better than their mean. Below 0: worse."""
+    mean = masked_mean(returns, mask)
+    spread = masked_mean((returns - mean) ** 2, mask)
+    return 1 - masked_mean((returns - values) ** 2, mask) / (spread + 1e-8)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Losses
+
+
+def pairwise_loss(chosen, rejected):
+    """Bradley-Terry: -log sigmoid(chosen - rejected), in float32; (B,) each."""
+    margin = chosen.float() - rejected.float()
+    stats = {"accuracy": (margin > 0).float().mean(), "margin": margin.mean()}
+    return -F.logsigmoid(margin).mean(), detached(stats)
+
+
+def kl_estimate(logprobs, ref_logprobs, *, estimator="k1"):
+    """KL(policy || reference) from the policy's own tokens, one estimate a token.
+
+    With d = log policy - log reference: k1 = d is unbiased and may be negative; k2 = d^2 / 2 never is,
+    but is biased; k3 = exp(-d) - 1 + d is unbiased and never negative.
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d**2 / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d
+    raise CourseError(f"estimator = {estimator!r} is not known; known are k1, k2, k3.")
+
+
+def gae(rewards, values, mask, *, gamma, lam):
+    """Generalised advantage estimation, from the last token to the first:
+
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
+
+    Nothing follows the last real token. Returns (advantages, returns), returns = advantages + values.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantage = next_value = torch.zeros_like(rewards[:, 0])
+    advantages = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantages[:, t], next_value = advantage, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio):
+    """PPO's clipped objective, as a loss:
+
+        ratio = exp(logprobs - old_logprobs)        -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    stats = {
+        "clip_fraction": masked_mean((clipped * advantages < ratio * advantages).float(), mask),
+        "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
+        "ratio_error": (ratio - 1).abs().max(),
+    }
+    return masked_mean(loss, mask), detached(stats)
+
+
+def ppo_value_loss(values, old_values, returns, mask, *, value_clip):
+    """Half the squared error; a value that moved further than the clip gains nothing from it."""
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    stats = {"value_clip_fraction": masked_mean((clipped_error > error).float(), mask)}
+    return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask), detached(stats)
+
+
+def group_advantages(rewards, group_size, *, scale=True):
+    """GRPO: how much better an answer is than the other answers to its prompt, (B,)."""
+    if len(rewards) % group_size:
+        raise CourseError(f"{len(rewards)} rewards do not make groups of {group_size}.")
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale:
+        centred = centred / (groups.std(1, keepdim=True) + 1e-6)
+    return centred.flatten()
+
+
+def grpo_loss(
+    logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ratio, kl_coef
+):
+    """PPO's clipped objective with one advantage per answer (B,), and the KL (k3) in the loss."""
+    advantages = advantages[:, None].expand_as(logprobs)  # (B, R)
+    loss, stats = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio)
+    kl = masked_mean(kl_estimate(logprobs, ref_logprobs, estimator="k3"), mask)
+    return loss + kl_coef * kl, stats | detached({"kl": kl})
+
+
+def dpo_loss(
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    *,
+    beta,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+):
+    """DPO from summed log-probs (B,): the policy is its own reward model, beta log(policy / reference)."""
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    if loss_type == "sigmoid":
+        wins, fails = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+        loss = (1 - label_smoothing) * wins + label_smoothing * fails
+    elif loss_type == "hinge":
+        loss = torch.relu(1 - beta * margin)
+    elif loss_type == "ipo":
+        loss = (margin - 1 / (2 * beta)) ** 2
+    else:
+        raise CourseError(f"loss_type = {loss_type!r} is not known; known are sigmoid, hinge, ipo.")
+    stats = {
+        "accuracy": (margin > 0).float().mean(),
+        "margin": beta * margin.mean(),
+        "chosen_logprob": chosen.mean(),
+        "rejected_logprob": rejected.mean(),
+    }
+    return loss.mean(), detached(stats)
+
+
+def detached(stats):
+    return {name: value.detach() for name, value in stats.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Rewards
+
+
+class RewardModel:
+    """A trained critic as a reward: `reward(prompts, responses) -> list[float]`.
+
+    Its raw scores have no scale of their own. They come out in units of the spread between answers
+    of the actor to one and the same prompt, with the actor's mean at 0.
+    """
+
+    def __init__(self, path, cfg):
+        self.model, self.tokenizer, self.cfg = load_scorer(path, cfg), load_tokenizer(path), cfg
+        self.mean = getattr(self.model.config, "reward_mean", 0.0)
+        self.std = getattr(self.model.config, "reward_std", 1.0)
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses):
+        device, scores = self.model.device, []
+        for rows in chunks(len(prompts), self.cfg.eval_batch):
+            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+            tokens = encode_pairs(self.tokenizer, *texts, self.cfg, device)
+            scores += answer_scores(self.model, *tokens).tolist()
+        return [(score - self.mean) / self.std for score in scores]
+
+
+def chunks(count, size):
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+@dataclass
+class Rollout:
+    """What one round of answers left behind. Tensors are (B, R) unless they say otherwise."""
+
+    prompts: list
+    responses: list  # texts
+    tokens: tuple  # prompt_ids, prompt_mask (B, P), response_ids, response_mask
+    logprobs: torch.Tensor  # log pi_old(a | s), as sampled
+    ref_logprobs: torch.Tensor  # log pi_ref(a | s)
+    values: torch.Tensor  # V(s)
+    scores: torch.Tensor  # (B,), what the reward says, after clip and penalty
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    @property
+    def mask(self):
+        return self.tokens[3]
+
+    @property
+    def kl(self):
+        """KL to the reference per answer, (B,)."""
+        return kl_estimate(self.logprobs, self.ref_logprobs).sum(1)
+
+    def part(self, rows):
+        """The rows of one minibatch, without the columns that only they do not need."""
+        prompt_ids, prompt_mask, response_ids, mask = (x[rows] for x in self.tokens)
+        P, R = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+        tokens = prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], mask[:, :R]
+        names = ("logprobs", "values", "advantages", "returns")
+        return tokens, {name: getattr(self, name)[rows, :R] for name in names}
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """The price of each token's KL, and the score of the answer on its last real token, (B, R)."""
+    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return (last * scores[:, None] - kl_coef * kl) * mask
+
+
+@torch.no_grad()
+def collect(policy, reference, value_model, reward, tokenizer, prompts, cfg, kl_coef, generator):
+    """Answers to some prompts, judged by the reward and priced by their distance from the reference."""
+    prompt = encode_prompts(tokenizer, prompts, cfg, policy.device)
+    response_ids, mask, logprobs = sample(policy, tokenizer, *prompt, cfg, generator)
+    tokens = (*prompt, response_ids, mask)
+    responses = decode(tokenizer, response_ids, mask)
+    scores = torch.tensor(reward(prompts, responses), dtype=torch.float32, device=mask.device)
+    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip)
+    scores -= cfg.missing_eos_penalty * ~ended(response_ids, mask, tokenizer.eos_token_id)
+    ref_logprobs, _ = response_logprobs(reference, *tokens, temperature=cfg.temperature)
+    values = answer_values(value_model, *tokens)
+    rewards = token_rewards(scores, kl_estimate(logprobs, ref_logprobs), mask, kl_coef)
+    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
+    if cfg.whiten:
+        advantages = masked_whiten(advantages, mask)
+    return Rollout(
+        prompts, responses, tokens, logprobs, ref_logprobs, values, scores, advantages, returns
+    )
+
+
+def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperature=None):
+    """`generate` with the course's one way of sampling: no top-k, no top-p, no repetition penalty."""
+    return generate(
+        model,
+        prompt_ids,
+        prompt_mask,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature if temperature is None else temperature,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        generator=generator,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Optimisation
+
+
+class Optimiser:
+    """AdamW with warm-up, decay and gradient clipping for one or more models."""
+
+    def __init__(self, cfg, rates, steps, floor=0.1):
+        """`rates`: (model, peak learning rate) pairs; the rate ends at `floor` of its peak."""
+        self.cfg, self.steps, self.floor = cfg, max(steps, 1), floor
+        self.parameters = [[p for p in model.parameters() if p.requires_grad] for model, _ in rates]
+        self.peaks = [rate for _, rate in rates]
+        self.adamw = torch.optim.AdamW(
+            [{"params": group} for group in self.parameters],
+            betas=(0.9, cfg.beta2),
+            weight_decay=cfg.weight_decay,
+            fused=True,
+        )
+
+    def step(self, loss, progress):
+        """One update at `progress`, the number of steps before it. Returns norm and learning rate."""
+        ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
+        scale = ramp * (self.floor + (1 - self.floor) * cosine)
+        for group, peak in zip(self.adamw.param_groups, self.peaks):
+            group["lr"] = peak * scale
+        loss.backward()
+        clip = torch.nn.utils.clip_grad_norm_
+        norms = [clip(group, self.cfg.grad_clip) for group in self.parameters]
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return {"grad_norm": float(norms[0]), "lr": self.peaks[0] * scale}
+
+
+def next_kl_coef(kl_coef, kl, answers, cfg):
+    """Ziegler's controller: KL above its target raises the price, below lowers it, 20 % at most."""
+    if not cfg.kl_target:
+        return kl_coef
+    error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
+    return kl_coef * (1 + error * answers / cfg.kl_horizon)
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Training
+
+
+def open_stage(cfg, name, inputs=(), data="train.json"):
+    return Stage(cfg.root, name, asdict(cfg), inputs, [Path(cfg.root) / "dataset" / data])
+
+
+def finish(stage, model, tokenizer, summary):
+    """The stage's folder: what `from_pretrained` of plain transformers wants, and the last figures."""
+    model.save_pretrained(stage.folder)
+    tokenizer.save_pretrained(stage.folder)
+    stage.summary = summary
+
+
+def choose_base(cfg):
+    """(what 0_download takes, one sentence that says why): "tiny", a hub name or a local folder."""
+    wanted = cfg.base_model
+    if wanted == "tiny":
+        return "tiny", "The embedded tiny model is made here, from random weights."
+    if wanted == "auto" and pick_device(cfg).type == "cpu":
+        return "tiny", "There is no GPU here, so the embedded tiny model is made, from random weights."
+    name = "facebook/opt-125m" if wanted == "auto" else wanted
+    try:
+        load_actor(name, cfg), load_tokenizer(name)
+        return name, f"The base model is {name}."
+    except Exception as error:  # whatever a hub, a disk or a file format can do wrong
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not cfg.fallback:
+            raise CourseError(f"base_model = {name!r} will not load: {reason}") from None
+        return "tiny", f"{name} will not load ({reason}), so the embedded tiny model is made instead."
+
+
+def train_base(cfg):
+    """The base model: a ready one is copied, `tiny` is pretrained to predict its text's next token."""
+    source, _ = choose_base(cfg)
+    with open_stage(cfg, "base") as stage:
+        stage.summary["preset"] = "tiny" if source == "tiny" else "colab"
+        if source != "tiny":
+            finish(stage, load_actor(source, cfg), load_tokenizer(source), stage.summary)
+            yield stage.log({"step": 1, "steps": 1})
+            return
+        texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
+        words = (f"{world.TEMPLATE.format(question)} {answer}" for question, answer in texts[:8_000])
+        tokenizer = train_tokenizer(words, cfg.vocab_size)
+        data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer)
+        model.to(pick_device(cfg)).train()
+        optimiser = Optimiser(cfg, [(model, cfg.pretrain_lr)], cfg.pretrain_steps)
+        start = time.perf_counter()
+        for step in range(cfg.pretrain_steps):
+            index = torch.randint(len(data), (cfg.pretrain_batch,), generator=dice(cfg, "block", step))
+            loss = next_token_loss(model, data[index].to(model.device))
+            stats = {"step": step + 1, "steps": cfg.pretrain_steps, "loss": loss.item()}
+            stats |= optimiser.step(loss, step)
+            if step % 20 == 0 or step == cfg.pretrain_steps - 1:
+                stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
+            yield stage.log(stats | {"seconds": time.perf_counter() - start})
+        finish(stage, model, tokenizer, stage.summary | {"loss": stats["loss"]})
+
+
+def blocks(tokenizer, texts, cfg):
+    """The pretraining text as blocks of equal length, documents one after the other, (N, length)."""
+    ids = tokenizer([f"{question} {answer}" for question, answer in texts])["input_ids"]
+    stream = torch.tensor([token for doc in ids for token in (*doc, tokenizer.eos_token_id)])
+    usable = len(stream) // cfg.pretrain_length * cfg.pretrain_length
+    return stream[:usable].view(-1, cfg.pretrain_length)
+
+
+def next_token_loss(model, ids):
+    """Cross-entropy of every token given those before it; ids (B, T)."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def copying(model, tokenizer, texts, cfg):
+    """How often the model foresees an answer's word that stands in the question: it must look there."""
+    questions, answers = zip(*texts)
+    tokens = encode_pairs(tokenizer, questions, answers, cfg, model.device)
+    copied = (tokens[2][:, :, None] == tokens[0][:, None, :]).any(2) & tokens[3]  # (B, R)
+    foreseen = answer_logits(model, *tokens).argmax(-1) == tokens[2]
+    return masked_mean(foreseen.float(), copied).item()
+
+
+def train_actor(cfg):
+    """Supervised fine-tuning: raise the log-probs of the crowd's answers, the prompts count nothing."""
+    with open_stage(cfg, "actor", inputs=["base"]) as stage:
+        tokenizer, model = load_pair(cfg, "base")
+        rows = load_rows(cfg, "sft", needs=("prompt", "response"))
+        held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
+        lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
+        steps = cfg.actor_epochs * math.ceil(len(rows) / cfg.actor_batch)
+        optimiser = Optimiser(cfg, [(model, cfg.actor_lr)], steps)
+        step, start = 0, time.perf_counter()
+        for epoch in range(cfg.actor_epochs):
+            for index in batches(lengths, cfg.actor_batch, dice(cfg, "sft", epoch)):
+                loss = sft_loss(model.train(), tokenizer, [rows[i] for i in index], cfg)
+                metrics = {"step": step + 1, "steps": steps, "loss": loss.item()}
+                metrics |= optimiser.step(loss, step)
+                step += 1
+                if held and (step % max(1, steps // 8) == 0 or step == steps):
+                    metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
+                yield stage.log(metrics | {"seconds": time.perf_counter() - start})
+        finish(stage, model, tokenizer, {"loss": metrics.get("validation_loss", metrics["loss"])})
+
+
+def load_pair(cfg, name):
+    """Tokenizer and language model of a finished stage."""
+    folder = artifact(cfg.root, name)
+    return load_tokenizer(folder), load_actor(folder, cfg)
+
+
+def sft_loss(model, tokenizer, rows, cfg):
+    """Minus the mean log-prob of the answers' tokens, eos included."""
+    texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+    tokens = encode_pairs(tokenizer, *texts, cfg, model.device)
+    logprobs, _ = response_logprobs(model, *tokens)
+    return -masked_mean(logprobs, tokens[3])
+
+
+@torch.no_grad()
+def validation_loss(model, tokenizer, rows, cfg):
+    model.eval()
+    parts = [[rows[i] for i in index] for index in chunks(len(rows), cfg.eval_batch)]
+    return sum(sft_loss(model, tokenizer, part, cfg).item() * len(part) for part in parts) / len(rows)
+
+
+def train_critic(cfg):
+    """The reward model: of two answers to a prompt, the one people chose should score higher."""
+    with open_stage(cfg, "critic", inputs=["actor"]) as stage:
+        tokenizer, model = load_tokenizer(artifact(cfg.root, "actor")), critic_from_actor(cfg)
+        rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+        lengths = [len(row["prompt"]) + len(row["chosen"]) for row in rows]
+        steps = cfg.critic_epochs * math.ceil(len(rows) / cfg.critic_batch)
+        optimiser = Optimiser(cfg, [(model, cfg.critic_lr)], steps)
+        step, start = 0, time.perf_counter()
+        for epoch in range(cfg.critic_epochs):
+            for index in batches(lengths, cfg.critic_batch, dice(cfg, "pairs", epoch)):
+                scores = pair_scores(model.train(), tokenizer, [rows[i] for i in index], cfg)
+                loss, stats = pairwise_loss(*scores)
+                penalty = cfg.score_penalty * torch.cat(scores).square().mean()
+                stats = numbers(stats) | optimiser.step(loss + penalty, step)
+                step += 1
+                metrics = {"step": step, "steps": steps, "loss": loss.item(), **stats}
+                yield stage.log(metrics | {"seconds": time.perf_counter() - start})
+        model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
+        finish(stage, model.eval(), tokenizer, {"accuracy": metrics["accuracy"]})
+
+
+def critic_from_actor(cfg):
+    """The actor's body under a new head of zeros: it can read, it has no opinion yet."""
+    return load_scorer(artifact(cfg.root, "actor"), cfg)
+
+
+def pair_scores(model, tokenizer, rows, cfg):
+    """Scores of the chosen and of the rejected answers, (B,) each, from one forward pass."""
+    answers = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+    prompts = [row["prompt"] for row in rows] * 2
+    tokens = encode_pairs(tokenizer, prompts, answers, cfg, model.device)
+    return answer_scores(model, *tokens).chunk(2)
+
+
+def score_scale(model, cfg):
+    """Mean of the scores of the actor's answers, and their spread between answers to one prompt."""
+    tokenizer, actor = load_pair(cfg, "actor")
+    rows = load_rows(cfg, "prompt")[: cfg.norm_prompts]
+    prompts = [row["prompt"] for row in rows for _ in range(cfg.norm_answers)]
+    tokens = answer(actor, tokenizer, prompts, cfg, dice(cfg, "scale"))
+    with torch.no_grad():
+        parts = [answer_scores(model.eval(), *part) for part in tokens]
+    groups = torch.cat(parts).view(-1, cfg.norm_answers)  # (prompts, answers)
+    return groups.mean().item(), max(groups.var(1).mean().sqrt().item(), 1e-3)
+
+
+def answer(model, tokenizer, prompts, cfg, generator, temperature=None):
+    """Answers to many prompts, `eval_batch` at a time: the tokens of each batch."""
+    for index in chunks(len(prompts), cfg.eval_batch):
+        prompt = encode_prompts(tokenizer, [prompts[i] for i in index], cfg, model.device)
+        out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
+        yield *prompt, *out[:2]
+
+
+def numbers(stats):
+    return {name: value.item() for name, value in stats.items()}
+
+
+def value_from_critic(cfg):
+    """The value model: the reward model itself, its head rescaled to the reward's units."""
+    model = load_scorer(artifact(cfg.root, "critic"), cfg)
+    mean, std = model.config.reward_mean, model.config.reward_std
+    head = torch.nn.Linear(model.score.in_features, 1, device=model.device)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight / std)
+        head.bias.fill_(-mean / std)
+    model.score = head
+    return model
+
+
+def ppo_loss(policy, value_model, tokens, old, cfg):
+    """Loss of one minibatch: policy, values and entropy together. `old` is what the rollout saw."""
+    mask = tokens[3]
+    logprobs, entropy = response_logprobs(policy, *tokens, temperature=cfg.temperature)
+    policy_loss, stats = ppo_policy_loss(
+        logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio
+    )
+    values = answer_values(value_model, *tokens)
+    value_loss, value_stats = ppo_value_loss(
+        values, old["values"], old["returns"], mask, value_clip=cfg.value_clip
+    )
+    entropy = masked_mean(entropy, mask)
+    loss = policy_loss + cfg.value_coef * value_loss - cfg.entropy_coef * entropy
+    stats |= value_stats | {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    return loss, numbers(stats)
+
+
+def improve(policy, value_model, optimiser, rollout, cfg, step):
+    """Several epochs over one rollout, in minibatches. Yields the stats of each update."""
+    rows, updates = len(rollout.prompts), 0
+    per_step = cfg.ppo_epochs * math.ceil(rows / cfg.minibatch)
+    for epoch in range(cfg.ppo_epochs):
+        order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
+        for index in order.split(cfg.minibatch):
+            loss, stats = ppo_loss(policy, value_model, *rollout.part(index), cfg)
+            if updates == 0 and stats["ratio_error"] > 1e-3:
+                raise CourseError(
+                    f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling and "
+                    "scoring do not see the same distribution."
+                )
+            stats |= optimiser.step(loss, step + updates / per_step)
+            updates += 1
+            yield stats
+        if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
+            return
+
+
+def prompt_batch(cfg, prompts, step):
+    """The prompts of one step: through all of them in a new order each time, none left out."""
+    batch = []
+    for i in range(step * cfg.rollout, (step + 1) * cfg.rollout):
+        lap, place = divmod(i, len(prompts))
+        if place == 0 or not batch:
+            order = torch.randperm(len(prompts), generator=dice(cfg, "prompts", lap)).tolist()
+        batch.append(prompts[order[place]])
+    return batch
+
+
+def train_rlhf(cfg, reward=None):
+    """PPO: answer, judge, price the distance from the actor, improve; again.
+
+    `reward` is any callable `reward(prompts, responses) -> list[float]`; by default the reward model.
+    """
+    with open_stage(cfg, "rlhf", inputs=["actor", "critic"]) as stage:
+        tokenizer, policy = load_pair(cfg, "actor")
+        _, reference = load_pair(cfg, "actor")
+        value_model = value_from_critic(cfg)
+        reward = reward or RewardModel(artifact(cfg.root, "critic"), cfg)
+        prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
+        rates = [(policy, cfg.policy_lr), (value_model, cfg.value_lr)]
+        optimiser, kl_coef = Optimiser(cfg, rates, cfg.steps), cfg.kl_coef
+        for step in range(cfg.steps):
+            start, batch = time.perf_counter(), prompt_batch(cfg, prompts, step)
+            models = policy, reference, value_model, reward
+            luck = dice(cfg, "rollout", step)
+            rollout = collect(*models, tokenizer, batch, cfg, kl_coef, luck)
+            half = time.perf_counter()
+            updates = list(improve(policy, value_model, optimiser, rollout, cfg, step))
+            metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": kl_coef}
+            metrics |= rollout_metrics(rollout, tokenizer) | mean_of(updates)
+            metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
+            stage.samples(rollout_samples(rollout, step + 1))
+            if step % cfg.sample_every == 0 or step == cfg.steps - 1:
+                fixed = look(*models[:2], reward, tokenizer, prompts[:4], cfg)
+                stage.samples({"step": step + 1, "fixed": True} | row for row in fixed)
+            yield stage.log(metrics)
+            kl_coef = next_kl_coef(kl_coef, metrics["kl"], len(batch), cfg)
+        summary = {name: metrics[name] for name in ("reward", "kl", "length", "entropy")}
+        finish(stage, policy, tokenizer, summary)
+
+
+def mean_of(dicts):
+    """The mean of each figure; of ratio_error the first, which ought to be 0."""
+    means = {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}
+    return means | {"ratio_error": dicts[0]["ratio_error"], "updates": len(dicts)}
+
+
+def rollout_metrics(rollout, tokenizer):
+    mask, ids = rollout.mask, rollout.tokens[2]
+    whole = ended(ids, mask, tokenizer.eos_token_id)
+    return {
+        "reward": rollout.scores.mean().item(),
+        "kl": rollout.kl.mean().item(),
+        "length": mask.sum(1).float().mean().item(),
+        "eos": whole.float().mean().item(),
+        "explained_variance": explained_variance(rollout.values, rollout.returns, mask).item(),
+    }
+
+
+def rollout_samples(rollout, step, count=4):
+    """The first answers of a rollout, to be read."""
+    columns = rollout.prompts, rollout.responses, rollout.scores.tolist(), rollout.kl.tolist()
+    for prompt, response, score, kl in list(zip(*columns))[:count]:
+        row = {"prompt": prompt, "response": response, "reward": round(score, 4), "kl": round(kl, 4)}
+        yield {"step": step, "fixed": False} | row
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Evaluation
+
+
+def look(model, reference, reward, tokenizer, prompts, cfg, temperature=0.0):
+    """What a model answers to a few prompts: text, reward, KL to the reference."""
+    rows = [{"prompt": prompt} for prompt in prompts]
+    out = evaluate(model, reference, reward, tokenizer, rows, cfg, dice(cfg, "look"), temperature)
+    return [{name: row[name] for name in ("prompt", "response", "reward", "kl")} for row in out]
+
+
+@torch.no_grad()
+def evaluate(model, reference, reward, tokenizer, rows, cfg, generator, temperature=None):
+    """One answer to each row: text, judge's score, reward, KL to the reference, length, eos.
+
+    The judge's score is None where a row does not say what would be right.
+    """
+    results, prompts = [], [row["prompt"] for row in rows]
+    for tokens in answer(model, tokenizer, prompts, cfg, generator, temperature):
+        t = cfg.temperature
+        logprobs = [response_logprobs(m, *tokens, temperature=t)[0] for m in (model, reference)]
+        part = rows[len(results) : len(results) + len(tokens[0])]
+        texts = decode(tokenizer, *tokens[2:])
+        columns = {
+            "response": texts,
+            "reward": reward([row["prompt"] for row in part], texts),
+            "kl": kl_estimate(*logprobs).sum(1).tolist(),
+            "length": tokens[3].sum(1).tolist(),
+            "eos": ended(*tokens[2:], tokenizer.eos_token_id).tolist(),
+        }
+        for row, *values in zip(part, *columns.values()):
+            result = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
+            result |= dict(zip(columns, values))
+            judged = "truth" in row
+            score = world.judge(row, result["response"], result["eos"]) if judged else None
+            results.append(result | {"judge": score})
+    return results
+
+
+@torch.no_grad()
+def judge_critic(critic, tokenizer, rows, cfg):
+    """The reward model on held-out pairs: both scores of each, and the kind."""
+    results = []
+    for index in chunks(len(rows), cfg.eval_batch):
+        part = [rows[i] for i in index]
+        scores = zip(part, *(s.tolist() for s in pair_scores(critic.eval(), tokenizer, part, cfg)))
+        results += [
+            {"kind": row.get("kind", "all"), "chosen": chosen, "rejected": rejected}
+            for row, chosen, rejected in scores
+        ]
+    return results
