@@ -15,20 +15,18 @@ Contents
     12. Evaluation         answers, their scores, their distance from the reference
 
 Letters: B rows, P prompt length (left-padded), R response length (right-padded), T = P + R,
-V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made from
-lengths. The shift by one between logits and tokens happens in `answer_logits` and nowhere else.
+V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made
+from lengths. The shift by one between logits and tokens happens in `answer_logits` alone.
 
 Left out on purpose: several machines, tool use, answers in several turns. What is no lesson (files,
 plots, the world and its judge) lives in `lab/`.
 """
 
-import difflib
 import hashlib
 import inspect
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -48,19 +46,33 @@ from transformers import (
 from lab import world
 from lab.data import read_rows
 from lab.runs import CourseError, Stage, artifact, read_record
+from lab.settings import Settings, knob
 
 # ------------------------------------------------------------------------------------------------
 # 1. Config
 
 
-def knob(default, stages, meaning):
-    """A field of Config: its default, the notebooks that read it, what it means."""
-    return field(default=default, metadata={"stages": stages.split(), "meaning": meaning})
+COLAB = dict(
+    actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
+    max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
+    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, eval_batch=64,
+)  # fmt: skip
+PRESETS = {
+    "tiny": {},  # the defaults below
+    "colab": COLAB,
+    "full": COLAB | dict(gamma=0.99, lam=0.95, value_coef=0.5, entropy_coef=0.01),
+    "smoke": dict(
+        pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32,
+        vocab_size=600, sft_share=0.02, preference_share=0.02, prompt_share=0.01, actor_batch=16,
+        validation_rows=16, norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16,
+        sample_every=1, test_rows=24, eval_batch=24,
+    ),
+}  # fmt: skip
 
 
 @dataclass(init=False, frozen=True)
-class Config:
-    """Every number of the course. The defaults are the preset `tiny`; None means "as the preset says"."""
+class Config(Settings):
+    """Every number of the course. The defaults are `tiny`; None means "as the preset says"."""
 
     # all stages
     preset: str = knob("auto", "all", "tiny, colab, full or smoke; auto: what suits the base model")
@@ -69,8 +81,8 @@ class Config:
     device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
     max_prompt: int = knob(80, "all", "tokens of a prompt; longer ones lose their front")
     max_new_tokens: int = knob(40, "all", "tokens of an answer, its eos included")
-    sft_share: float = knob(0.5, "all", "share of train.json that 1_actor learns from")
-    preference_share: float = knob(0.4, "all", "share whose pairs 2_critic learns from")
+    sft_share: float = knob(0.4, "all", "share of train.json that 1_actor learns from")
+    preference_share: float = knob(0.5, "all", "share whose pairs 2_critic learns from")
     prompt_share: float = knob(0.1, "all", "share whose prompts 3_rlhf answers")
     eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
     validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
@@ -89,7 +101,9 @@ class Config:
     pretrain_documents: int = knob(50_000, "base", "tiny: documents of pretraining text")
     pretrain_steps: int = knob(1_000, "base", "tiny: steps of pretraining")
     pretrain_batch: int = knob(16, "base", "tiny: blocks a step")
-    pretrain_length: int = knob(128, "base", "tiny: tokens a block, and the longest text it can read")
+    pretrain_length: int = knob(
+        128, "base", "tiny: tokens a block, and the longest text it can read"
+    )
     pretrain_lr: float = knob(4e-3, "base", "tiny: peak learning rate")
     # 1_actor
     actor_lr: float = knob(1e-3, "actor", "peak learning rate")
@@ -103,15 +117,17 @@ class Config:
     norm_prompts: int = knob(64, "critic", "prompts whose answers set the scale of the scores")
     norm_answers: int = knob(4, "critic", "answers to each of them")
     # 3_rlhf
-    steps: int = knob(30, "rlhf", "rollouts")
+    steps: int = knob(24, "rlhf", "rollouts")
     rollout: int = knob(96, "rlhf", "prompts a rollout")
     ppo_epochs: int = knob(2, "rlhf", "passes over each rollout")
     minibatch: int = knob(48, "rlhf", "answers an update")
     policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
     value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
     temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
-    kl_coef: float = knob(0.05, "rlhf", "price of a nat of KL to the actor, per token")
-    kl_target: float = knob(0.0, "rlhf", "KL per answer to steer kl_coef to; 0: kl_coef stays fixed")
+    kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
+    kl_target: float = knob(
+        0.0, "rlhf", "KL per answer to steer kl_coef to; 0: kl_coef stays fixed"
+    )
     kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
     gamma: float = knob(1.0, "rlhf", "discount of later rewards")
     lam: float = knob(1.0, "rlhf", "GAE's lambda: 1 trusts the reward, 0 trusts the values")
@@ -127,27 +143,17 @@ class Config:
     # 4_test
     test_rows: int = knob(1_000, "test", "rows of eval.json to answer, at most")
 
-    def __init__(self, preset="auto", **values):
-        if preset not in ("auto", *PRESETS):
-            raise CourseError(f"preset = {preset!r} is not known{nearest(preset, PRESETS)}.")
-        known = {f.name: f for f in fields(self)}
-        for name in values:
-            if name not in known:
-                raise CourseError(f"{name!r} is not a parameter{nearest(name, known)}.")
-        given = {name: value for name, value in values.items() if value is not None}
-        merged = {name: f.default for name, f in known.items()} | PRESETS.get(preset, {}) | given
-        for name, value in {**merged, "preset": preset}.items():
-            object.__setattr__(self, name, converted(name, value, known[name].type))
-        self.check()
+    presets = PRESETS
+    may_be_zero = frozenset({"seed", "validation_rows"})
 
     @classmethod
     def of(cls, preset="auto", root=".", **values):
-        """A Config for a notebook: preset auto is what suits the base model that 0_download took."""
+        """A Config for a notebook: preset auto is what suits the base model of 0_download."""
         base = Path(root) / "model" / "base" / "stage.json"
         if preset == "auto" and base.exists():
             record = read_record(root, "base")
-            preset = record["config"]["preset"]
-            preset = record["metrics"]["preset"] if preset == "auto" else preset
+            given = record["config"]["preset"]
+            preset = record["metrics"]["preset"] if given == "auto" else given
         return cls(preset, root=root, **values)
 
     def check(self):
@@ -165,47 +171,6 @@ class Config:
         ):
             if not fine:
                 raise CourseError(f"{name} = {getattr(self, name)!r} is impossible: {rule}.")
-        for f in fields(self):
-            value, floor = getattr(self, f.name), 0 if f.name in MAY_BE_ZERO else 1
-            if f.type is int and value < floor or f.type is float and not 0 <= value < math.inf:
-                raise CourseError(f"{f.name} = {value} is impossible: it must be at least {floor}.")
-
-
-MAY_BE_ZERO = {"seed", "validation_rows"}
-PRESETS = {
-    "tiny": {},
-    "smoke": dict(
-        pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32, vocab_size=600,
-        sft_share=0.02, preference_share=0.02, prompt_share=0.01, validation_rows=16, actor_batch=16,
-        norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16, sample_every=1,
-        test_rows=24, eval_batch=24,
-    ),
-    "colab": dict(
-        actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8,
-        max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
-        policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, eval_batch=64,
-    ),
-}  # fmt: skip
-PRESETS["full"] = PRESETS["colab"] | dict(gamma=0.99, lam=0.95, value_coef=0.5, entropy_coef=0.01)
-
-
-def nearest(name, known):
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}" if close else f"; known are {', '.join(known)}"
-
-
-def converted(name, value, kind):
-    """The value as its field's type: YAML and the command line hand over 2e-5 as text."""
-    try:
-        if kind is bool and str(value).lower() in ("true", "false", "1", "0"):
-            return str(value).lower() in ("true", "1")
-        if kind is float and not isinstance(value, bool) or kind is int and float(value) == int(value):
-            return kind(value)
-        if kind is str and isinstance(value, str):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise CourseError(f"{name} = {value!r} is impossible: it must be of type {kind.__name__}.")
 
 
 def pick_device(cfg):
@@ -214,7 +179,7 @@ def pick_device(cfg):
 
 
 def dice(cfg, *purpose):
-    """A random generator for one purpose, e.g. ("rollout", 7): no state to carry from step to step."""
+    """A random generator for one purpose, e.g. ("rollout", 7): no state from step to step."""
     name = hashlib.md5(repr((cfg.seed, *purpose)).encode()).hexdigest()
     return torch.Generator().manual_seed(int(name[:15], 16))
 
@@ -240,7 +205,7 @@ def load_eval_rows(cfg):
     return read_rows(Path(cfg.root) / "dataset" / "eval.json")[: cfg.test_rows]
 
 
-def batches(lengths, size, generator, pool=16):
+def batches(lengths, size, generator, pool=1):
     """One epoch of index lists, in random order, rows of like length together (less padding)."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     groups = [order[i : i + size * pool] for i in range(0, len(order), size * pool)]
@@ -308,7 +273,7 @@ def pad(sequences, value, side, device):
 
 
 def encode_prompts(tokenizer, prompts, cfg, device):
-    """Texts -> (prompt_ids, prompt_mask), left-padded so that every answer starts at the same place."""
+    """Texts -> (prompt_ids, prompt_mask), left-padded: every answer starts in the same column."""
     ids = [encode_prompt(tokenizer, prompt, cfg.max_prompt) for prompt in prompts]
     return pad(ids, tokenizer.pad_token_id, "left", device)  # (B, P)
 
@@ -334,7 +299,9 @@ def ended(response_ids, response_mask, eos_token_id):
 
 def as_ids(token_id, device):
     """eos may be one id, several, or None."""
-    ids = [] if token_id is None else token_id if isinstance(token_id, (list, tuple)) else [token_id]
+    ids = (
+        [] if token_id is None else token_id if isinstance(token_id, (list, tuple)) else [token_id]
+    )
     return torch.tensor(ids, dtype=torch.long, device=device)
 
 
@@ -343,7 +310,7 @@ def as_ids(token_id, device):
 
 
 def tiny_model(cfg, tokenizer):
-    """A small OPT with random weights. At this width OPT's own 0.02 never learns to copy; 0.06 does."""
+    """A small OPT with random weights; at this width OPT's own init_std of 0.02 never learns to copy."""
     shape = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden_size,
@@ -449,8 +416,8 @@ def generate(
 ):
     """Answers, their masks and the log-probs of their tokens: three tensors (B, R).
 
-    Temperature 0 is greedy. The first eos belongs to the answer; behind it lies padding. The log-probs
-    are those of the whole distribution at this temperature, so `response_logprobs` finds the same.
+    Temperature 0 is greedy. The first eos belongs to the answer; behind it lies padding. The
+    log-probs are those of the whole distribution at this temperature, as `response_logprobs` finds.
     """
     was_training, device, B = model.training, prompt_ids.device, len(prompt_ids)
     model.eval()
@@ -494,7 +461,7 @@ def pick(logits, luck, temperature, top_k, top_p):
 
 
 def truncated(logits, top_k, top_p):
-    """Sets to -inf all but the k likeliest tokens, and all behind the first that together reach p."""
+    """-inf for all but the k likeliest tokens, and all behind the first that together reach p."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -567,8 +534,8 @@ def pairwise_loss(chosen, rejected):
 def kl_estimate(logprobs, ref_logprobs, *, estimator="k1"):
     """KL(policy || reference) from the policy's own tokens, one estimate a token.
 
-    With d = log policy - log reference: k1 = d is unbiased and may be negative; k2 = d^2 / 2 never is,
-    but is biased; k3 = exp(-d) - 1 + d is unbiased and never negative.
+    With d = log policy - log reference: k1 = d is unbiased and may be negative; k2 = d^2 / 2 never
+    is, but is biased; k3 = exp(-d) - 1 + d is unbiased and never negative.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -585,7 +552,7 @@ def gae(rewards, values, mask, *, gamma, lam):
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
-    Nothing follows the last real token. Returns (advantages, returns), returns = advantages + values.
+    Nothing follows the last real token. Gives (advantages, returns = advantages + values).
     """
     rewards, values = rewards * mask, values * mask
     advantage = next_value = torch.zeros_like(rewards[:, 0])
@@ -600,7 +567,7 @@ def gae(rewards, values, mask, *, gamma, lam):
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio):
     """PPO's clipped objective, as a loss:
 
-        ratio = exp(logprobs - old_logprobs)        -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
+    ratio = exp(logprobs - old_logprobs)        -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
@@ -633,9 +600,7 @@ def group_advantages(rewards, group_size, *, scale=True):
     return centred.flatten()
 
 
-def grpo_loss(
-    logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ratio, kl_coef
-):
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ratio, kl_coef):
     """PPO's clipped objective with one advantage per answer (B,), and the KL (k3) in the loss."""
     advantages = advantages[:, None].expand_as(logprobs)  # (B, R)
     loss, stats = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio)
@@ -653,7 +618,7 @@ def dpo_loss(
     loss_type="sigmoid",
     label_smoothing=0.0,
 ):
-    """DPO from summed log-probs (B,): the policy is its own reward model, beta log(policy / reference)."""
+    """DPO from summed log-probs (B,); its reward is implicit: beta log(policy / reference)."""
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     if loss_type == "sigmoid":
         wins, fails = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
@@ -747,7 +712,7 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 @torch.no_grad()
 def collect(policy, reference, value_model, reward, tokenizer, prompts, cfg, kl_coef, generator):
-    """Answers to some prompts, judged by the reward and priced by their distance from the reference."""
+    """Answers to some prompts, scored, and priced by their distance from the reference."""
     prompt = encode_prompts(tokenizer, prompts, cfg, policy.device)
     response_ids, mask, logprobs = sample(policy, tokenizer, *prompt, cfg, generator)
     tokens = (*prompt, response_ids, mask)
@@ -767,7 +732,7 @@ def collect(policy, reference, value_model, reward, tokenizer, prompts, cfg, kl_
 
 
 def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperature=None):
-    """`generate` with the course's one way of sampling: no top-k, no top-p, no repetition penalty."""
+    """`generate` in the course's one way: no top-k, no top-p, no repetition penalty."""
     return generate(
         model,
         prompt_ids,
@@ -800,7 +765,7 @@ class Optimiser:
         )
 
     def step(self, loss, progress):
-        """One update at `progress`, the number of steps before it. Returns norm and learning rate."""
+        """One update at `progress`, the number of steps before it."""
         ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
         scale = ramp * (self.floor + (1 - self.floor) * cosine)
@@ -827,11 +792,13 @@ def next_kl_coef(kl_coef, kl, answers, cfg):
 
 
 def open_stage(cfg, name, inputs=(), data="train.json"):
+    """The folder that a stage fills; it appears in model/ when it is whole."""
+    torch.manual_seed(cfg.seed)  # for the dropout of models that have some
     return Stage(cfg.root, name, asdict(cfg), inputs, [Path(cfg.root) / "dataset" / data])
 
 
 def finish(stage, model, tokenizer, summary):
-    """The stage's folder: what `from_pretrained` of plain transformers wants, and the last figures."""
+    """What `from_pretrained` of plain transformers wants, and the last figures."""
     model.save_pretrained(stage.folder)
     tokenizer.save_pretrained(stage.folder)
     stage.summary = summary
@@ -843,7 +810,10 @@ def choose_base(cfg):
     if wanted == "tiny":
         return "tiny", "The embedded tiny model is made here, from random weights."
     if wanted == "auto" and pick_device(cfg).type == "cpu":
-        return "tiny", "There is no GPU here, so the embedded tiny model is made, from random weights."
+        return (
+            "tiny",
+            "There is no GPU here, so the embedded tiny model is made, from random weights.",
+        )
     name = "facebook/opt-125m" if wanted == "auto" else wanted
     try:
         load_actor(name, cfg), load_tokenizer(name)
@@ -852,38 +822,47 @@ def choose_base(cfg):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not cfg.fallback:
             raise CourseError(f"base_model = {name!r} will not load: {reason}") from None
-        return "tiny", f"{name} will not load ({reason}), so the embedded tiny model is made instead."
+        return (
+            "tiny",
+            f"{name} will not load ({reason}), so the embedded tiny model is made instead.",
+        )
 
 
 def train_base(cfg):
-    """The base model: a ready one is copied, `tiny` is pretrained to predict its text's next token."""
+    """A ready base model is copied, `tiny` is pretrained; its tokenizer goes to tokenizer/ too."""
     source, _ = choose_base(cfg)
     with open_stage(cfg, "base") as stage:
-        stage.summary["preset"] = "tiny" if source == "tiny" else "colab"
-        if source != "tiny":
-            finish(stage, load_actor(source, cfg), load_tokenizer(source), stage.summary)
+        if source == "tiny":
+            model, tokenizer = yield from pretrain(cfg, stage)
+        else:
+            model, tokenizer = load_actor(source, cfg), load_tokenizer(source)
             yield stage.log({"step": 1, "steps": 1})
-            return
-        texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
-        words = (f"{world.TEMPLATE.format(question)} {answer}" for question, answer in texts[:8_000])
-        tokenizer = train_tokenizer(words, cfg.vocab_size)
-        data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer)
-        model.to(pick_device(cfg)).train()
-        optimiser = Optimiser(cfg, [(model, cfg.pretrain_lr)], cfg.pretrain_steps)
-        start = time.perf_counter()
-        for step in range(cfg.pretrain_steps):
-            index = torch.randint(len(data), (cfg.pretrain_batch,), generator=dice(cfg, "block", step))
-            loss = next_token_loss(model, data[index].to(model.device))
-            stats = {"step": step + 1, "steps": cfg.pretrain_steps, "loss": loss.item()}
-            stats |= optimiser.step(loss, step)
-            if step % 20 == 0 or step == cfg.pretrain_steps - 1:
-                stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
-            yield stage.log(stats | {"seconds": time.perf_counter() - start})
-        finish(stage, model, tokenizer, stage.summary | {"loss": stats["loss"]})
+        finish(stage, model, tokenizer, {"preset": "tiny" if source == "tiny" else "colab"})
+        tokenizer.save_pretrained(Path(cfg.root) / "tokenizer")
+
+
+def pretrain(cfg, stage):
+    """From random weights, learn to predict the next token of the world's text."""
+    texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
+    sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
+    tokenizer = train_tokenizer(sample, cfg.vocab_size)
+    data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer).to(pick_device(cfg))
+    optimiser = Optimiser(cfg, [(model.train(), cfg.pretrain_lr)], cfg.pretrain_steps)
+    start = time.perf_counter()
+    for step in range(cfg.pretrain_steps):
+        luck = dice(cfg, "block", step)
+        ids = data[torch.randint(len(data), (cfg.pretrain_batch,), generator=luck)]
+        loss = next_token_loss(model, ids.to(model.device))
+        stats = {"step": step + 1, "steps": cfg.pretrain_steps, "loss": loss.item()}
+        stats |= optimiser.step(loss, step)
+        if step % 20 == 0 or step == cfg.pretrain_steps - 1:
+            stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
+        yield stage.log(stats | {"seconds": time.perf_counter() - start})
+    return model, tokenizer
 
 
 def blocks(tokenizer, texts, cfg):
-    """The pretraining text as blocks of equal length, documents one after the other, (N, length)."""
+    """The pretraining text as blocks of equal length, one document after the other, (N, length)."""
     ids = tokenizer([f"{question} {answer}" for question, answer in texts])["input_ids"]
     stream = torch.tensor([token for doc in ids for token in (*doc, tokenizer.eos_token_id)])
     usable = len(stream) // cfg.pretrain_length * cfg.pretrain_length
@@ -898,7 +877,7 @@ def next_token_loss(model, ids):
 
 @torch.no_grad()
 def copying(model, tokenizer, texts, cfg):
-    """How often the model foresees an answer's word that stands in the question: it must look there."""
+    """How often the model foresees a word of the answer that stands in the question."""
     questions, answers = zip(*texts)
     tokens = encode_pairs(tokenizer, questions, answers, cfg, model.device)
     copied = (tokens[2][:, :, None] == tokens[0][:, None, :]).any(2) & tokens[3]  # (B, R)
@@ -907,7 +886,7 @@ def copying(model, tokenizer, texts, cfg):
 
 
 def train_actor(cfg):
-    """Supervised fine-tuning: raise the log-probs of the crowd's answers, the prompts count nothing."""
+    """Supervised fine-tuning: the crowd's answers become likelier; prompts do not count."""
     with open_stage(cfg, "actor", inputs=["base"]) as stage:
         tokenizer, model = load_pair(cfg, "base")
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
@@ -946,7 +925,9 @@ def sft_loss(model, tokenizer, rows, cfg):
 def validation_loss(model, tokenizer, rows, cfg):
     model.eval()
     parts = [[rows[i] for i in index] for index in chunks(len(rows), cfg.eval_batch)]
-    return sum(sft_loss(model, tokenizer, part, cfg).item() * len(part) for part in parts) / len(rows)
+    return sum(sft_loss(model, tokenizer, part, cfg).item() * len(part) for part in parts) / len(
+        rows
+    )
 
 
 def train_critic(cfg):
@@ -1033,7 +1014,11 @@ def ppo_loss(policy, value_model, tokens, old, cfg):
     )
     entropy = masked_mean(entropy, mask)
     loss = policy_loss + cfg.value_coef * value_loss - cfg.entropy_coef * entropy
-    stats |= value_stats | {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    stats |= value_stats | {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+    }
     return loss, numbers(stats)
 
 
@@ -1047,8 +1032,8 @@ def improve(policy, value_model, optimiser, rollout, cfg, step):
             loss, stats = ppo_loss(policy, value_model, *rollout.part(index), cfg)
             if updates == 0 and stats["ratio_error"] > 1e-3:
                 raise CourseError(
-                    f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling and "
-                    "scoring do not see the same distribution."
+                    f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling "
+                    "and scoring do not see the same distribution."
                 )
             stats |= optimiser.step(loss, step + updates / per_step)
             updates += 1
@@ -1071,7 +1056,7 @@ def prompt_batch(cfg, prompts, step):
 def train_rlhf(cfg, reward=None):
     """PPO: answer, judge, price the distance from the actor, improve; again.
 
-    `reward` is any callable `reward(prompts, responses) -> list[float]`; by default the reward model.
+    `reward` is any callable `reward(prompts, responses) -> list[float]`; else the reward model.
     """
     with open_stage(cfg, "rlhf", inputs=["actor", "critic"]) as stage:
         tokenizer, policy = load_pair(cfg, "actor")
@@ -1123,7 +1108,12 @@ def rollout_samples(rollout, step, count=4):
     """The first answers of a rollout, to be read."""
     columns = rollout.prompts, rollout.responses, rollout.scores.tolist(), rollout.kl.tolist()
     for prompt, response, score, kl in list(zip(*columns))[:count]:
-        row = {"prompt": prompt, "response": response, "reward": round(score, 4), "kl": round(kl, 4)}
+        row = {
+            "prompt": prompt,
+            "response": response,
+            "reward": round(score, 4),
+            "kl": round(kl, 4),
+        }
         yield {"step": step, "fixed": False} | row
 
 
@@ -1174,7 +1164,12 @@ def judge_critic(critic, tokenizer, rows, cfg):
         part = [rows[i] for i in index]
         scores = zip(part, *(s.tolist() for s in pair_scores(critic.eval(), tokenizer, part, cfg)))
         results += [
-            {"kind": row.get("kind", "all"), "chosen": chosen, "rejected": rejected}
+            {
+                "kind": row.get("kind", "all"),
+                "flaw": row.get("flaw", "not said"),
+                "chosen": chosen,
+                "rejected": rejected,
+            }
             for row, chosen, rejected in scores
         ]
     return results

@@ -2,8 +2,8 @@
 
     python bench/seeds.py --seeds 0 1 2 --out seeds.json
 
-Runs all training stages without notebooks, each seed in a folder of its own, and judges the models on
-the eval rows exactly as 4_test does. Prints one line a seed, then mean and range.
+Runs all training stages without notebooks, each seed in a folder of its own, and judges the models
+on the eval rows exactly as 4_test does. Prints one line a seed, then mean and range.
 """
 
 import argparse
@@ -58,16 +58,19 @@ def line(run):
     judges = {name: m["judge"]["mean"] for name, m in run["models"].items()}
     kinds = {k: round(v, 2) for k, v in run["models"]["rlhf"]["judge"]["kinds"].items()}
     figures = "  ".join(f"{name} {value:.3f}" for name, value in judges.items())
+    kl, seconds = run["models"]["rlhf"]["kl"], run["seconds"]
     return (
         f"seed {run['seed']}: {figures}  {kinds}  critic {run['critic']['accuracy']:.3f}  "
-        f"KL {run['models']['rlhf']['kl']:.2f}  {sum(run['seconds'].values()):.0f} s {run['seconds']}"
+        f"KL {kl:.2f}  {sum(seconds.values()):.0f} s {seconds}"
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", choices=["eval", "tune"], default="eval", help="tune: for recipes")
+    parser.add_argument(
+        "--split", choices=["eval", "tune"], default="eval", help="tune: for recipes"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="name=value", help="parameters")
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
     args = parser.parse_args()

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lab.runs import NOTEBOOKS, CourseError
+from lab.settings import converted, nearest
 
 HOME = Path(__file__).resolve().parent.parent  # the notebooks lie here, wherever one stands
 STAGES = {  # subcommand: its folder in model/, its name in the metadata of Config
@@ -213,15 +214,11 @@ def show_result(folder):
 def make_world(args):
     from lab.world import World, write
 
-    given = assignments(args.set)
-    if given:
-        from util import converted, nearest
-
-        types = {f.name: f.type for f in fields(World)}
-        for name, value in given.items():
-            if name not in types:
-                raise CourseError(f"{name!r} is not a parameter{nearest(name, types)}.")
-            given[name] = converted(name, value, types[name])
+    types, given = {f.name: f.type for f in fields(World)}, assignments(args.set)
+    for name, value in given.items():
+        if name not in types:
+            raise CourseError(f"{name!r} is not a parameter{nearest(name, types)}")
+        given[name] = converted(name, value, types[name])
     for path in write(World(**given), args.out).values():
         print(path)
 

@@ -75,8 +75,8 @@ def as_html(table):
 def watch(steps, panels, what):
     """Drains a training generator under a progress line and live curves; returns the metrics.
 
-    The display is redrawn rarely enough to cost a twentieth of the time, and a headless run keeps the
-    last state only.
+    The display is redrawn rarely enough to cost a twentieth of the time, and a headless run keeps
+    the last state only.
     """
     history, started, due, handles = [], time.perf_counter(), 0.0, None
     for metrics in steps:

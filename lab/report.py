@@ -35,10 +35,14 @@ def canvas(columns=1, rows=1, width=4.0, height=3.0):
 
 
 def curves(history, panels, x="step", columns=3):
-    """One panel for each `column: (title, unit)`, thin as measured and thick as a moving average."""
+    """A panel for each `column: (title, unit)`: thin as measured, thick as a moving average."""
     figure, axes = canvas(min(columns, len(panels)), -(-len(panels) // columns), height=2.6)
     for ax, (column, (title, unit)) in zip(axes, panels.items()):
-        line = history.dropna(subset=column) if column in history else history.assign(**{column: np.nan})
+        line = (
+            history.dropna(subset=column)
+            if column in history
+            else history.assign(**{column: np.nan})
+        )
         smooth = line[column].rolling(max(1, len(line) // 20), min_periods=1).mean()
         ax.plot(line[x], line[column], color=BLUE, alpha=0.3, linewidth=1)
         ax.plot(line[x], smooth, color=BLUE, linewidth=2, marker="o" if len(line) < 12 else None)
@@ -176,6 +180,13 @@ def critic_summary(pairs):
     return {"accuracy": float(right.mean()), "kinds": {k: float(v) for k, v in kinds.items()}}
 
 
+def by_flaw(pairs):
+    """How often the reward model is right, by what is wrong with the rejected answer."""
+    right = pairs["chosen"] > pairs["rejected"]
+    table = right.groupby(pairs["flaw"]).agg(["mean", "size"]).sort_values("mean").reset_index()
+    return table.set_axis(["flaw of the rejected answer", "right", "pairs"], axis=1)
+
+
 def result_table(models):
     """The table of 4_test: one row a model."""
     rows = {}
@@ -238,7 +249,7 @@ def picture(figure):
 
 
 def write_report(folder, report, parts):
-    """report.json with the figures, report.html with `parts`: (title, figure | table | text) each."""
+    """report.json with the figures, report.html with `parts`: (title, figure, table or text)."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     body = []

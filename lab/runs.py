@@ -5,11 +5,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 NOTEBOOKS = {
     "base": "0_download.ipynb",
@@ -79,6 +80,10 @@ def file_size(path):
 
 def peak_memory_mb():
     """The most memory this process has held, in MB."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -1,11 +1,10 @@
-"""What the tests share: a tokenizer and random models of four families, small enough for seconds."""
+"""What the tests share: a tokenizer and random models of four families, made in seconds."""
+# ruff: noqa: E402
 
+import json
 import os
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test of this suite may need a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -38,7 +37,7 @@ def threads():
 @pytest.fixture(scope="session")
 def root():
     """The repository."""
-    return ROOT
+    return Path(__file__).resolve().parents[1]
 
 
 def shape_of(family, vocabulary):
@@ -92,11 +91,6 @@ def right_padded(rows, value=PAD, extra=0):
     return torch.tensor(ids), torch.tensor(mask)
 
 
-@pytest.fixture(scope="session", name="document_text")
-def document_text_fixture():
-    return document_text
-
-
 @pytest.fixture(scope="session")
 def make_model():
     return random_model
@@ -133,7 +127,6 @@ def text_model(tokenizer):
 @pytest.fixture
 def write_rows(tmp_path):
     """Writes rows as tmp_path/dataset/train.json and returns tmp_path, a course's root."""
-    import json
 
     def write(rows, name="train.json"):
         folder = tmp_path / "dataset"

@@ -78,9 +78,7 @@ def test_rows_that_finish_early_do_not_change_the_others(model, pad_left):
     prompts = PROMPTS * 6
     free, *_ = run(model, prompts, pad_left, seed=3, max_new_tokens=20)
     stops = list(range(0, 61, 12))
-    stopped, *_ = run(
-        model, prompts, pad_left, seed=3, max_new_tokens=20, eos_token_id=stops
-    )
+    stopped, *_ = run(model, prompts, pad_left, seed=3, max_new_tokens=20, eos_token_id=stops)
     for whole, part in zip(free, stopped):
         first = next((i + 1 for i, token in enumerate(whole) if token in stops), len(whole))
         assert part == whole[:first]
@@ -182,7 +180,8 @@ def probabilities(model, ids, temperature, keep=lambda ordered: ordered):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
     probs = (logits / temperature).softmax(-1).tolist()
-    kept = dict((t, p) for p, t in keep(sorted(((p, t) for t, p in enumerate(probs)), reverse=True)))
+    ordered = sorted(((p, token) for token, p in enumerate(probs)), reverse=True)
+    kept = {token: p for p, token in keep(ordered)}
     return [kept.get(t, 0) / sum(kept.values()) for t in range(len(probs))]
 
 
@@ -213,7 +212,11 @@ def test_pairs_of_tokens_come_as_often_as_they_should(make_model, pad_left, temp
 
 @pytest.mark.parametrize(
     "limits, keep",
-    [(dict(top_k=3), lambda o: o[:3]), (dict(top_p=0.6), nucleus(0.6)), (dict(top_p=0.9), nucleus(0.9))],
+    [
+        (dict(top_k=3), lambda o: o[:3]),
+        (dict(top_p=0.6), nucleus(0.6)),
+        (dict(top_p=0.9), nucleus(0.9)),
+    ],
 )
 def test_truncated_frequencies(make_model, pad_left, limits, keep):
     model, prompt = make_model("gpt2", TINY), [2, 5, 3]

@@ -1,4 +1,4 @@
-"""Losses and statistics against slow oracles: plain Python loops, float64, the formula as printed."""
+"""Losses and statistics against slow oracles: Python loops, float64, the formula as printed."""
 
 import math
 
@@ -157,7 +157,9 @@ def test_kl_estimate(estimator, case):
 
 @given(st.floats(-20, 20), st.floats(-20, 20))
 def test_k3_is_never_negative(a, b):
-    out = util.kl_estimate(*(torch.tensor([[x]], dtype=torch.float32) for x in (a, b)), estimator="k3")
+    out = util.kl_estimate(
+        *(torch.tensor([[x]], dtype=torch.float32) for x in (a, b)), estimator="k3"
+    )
     assert out.item() >= 0
 
 
@@ -257,7 +259,9 @@ def test_ppo_starts_with_ratio_1_and_minus_the_mean_advantage():
     assert stats["ratio_error"] == 0 and stats["clip_fraction"] == 0 and stats["approx_kl"] == 0
 
 
-@pytest.mark.parametrize("ratio, advantage, moves", [(1.5, 1, 0), (1.5, -1, 1), (0.5, 1, 1), (0.5, -1, 0)])
+@pytest.mark.parametrize(
+    "ratio, advantage, moves", [(1.5, 1, 0), (1.5, -1, 1), (0.5, 1, 1), (0.5, -1, 0)]
+)
 def test_the_clip_stops_only_what_already_gained(ratio, advantage, moves):
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     args = torch.zeros(1, 1), torch.full((1, 1), float(advantage)), mask_of([1], 1)

@@ -24,7 +24,7 @@ def four(pad_left, pad_right, junk=0, extra=0, prompts=PROMPTS, answers=ANSWERS)
 
 
 def alone(model, prompt, answer):
-    """Plain logits of one row without padding, (len(answer), V): the ones that predict its tokens."""
+    """Plain logits of one row without padding, (R, V): those that predict the answer."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
     return logits[len(prompt) - 1 : -1]
@@ -143,13 +143,12 @@ def test_values_know_only_what_stands_before(model, tmp_path, cfg, pad_left, pad
         values = util.answer_values(scorer, *tokens)
         others = util.answer_values(scorer, *four(pad_left, pad_right, answers=changed))
         for b, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS)):
-            for t in range(len(answer)):
-                seen = four(pad_left, pad_right, prompts=[prompt], answers=[answer[:t]]) if t else None
-                seen = seen or four(pad_left, pad_right, prompts=[prompt[:-1] or prompt], answers=[prompt[-1:]])
-                if t or len(prompt) > 1:
-                    assert values[b, t].item() == pytest.approx(
-                        util.answer_scores(scorer, *seen).item(), abs=1e-4
-                    )
+            text = prompt + answer
+            for t in range(len(prompt), len(text)):
+                if t > 1:  # the score of a text that ends right before token t
+                    seen = dict(prompts=[text[: t - 1]], answers=[[text[t - 1]]])
+                    score = util.answer_scores(scorer, *four(pad_left, pad_right, **seen)).item()
+                    assert values[b, t - len(prompt)].item() == pytest.approx(score, abs=1e-4)
     assert values.shape == tokens[2].shape and not values[~tokens[3]].any()
     assert torch.allclose(values[:, :3], others[:, :3], atol=1e-6)
     assert (values[1, 3] - others[1, 3]).abs() > 1e-3

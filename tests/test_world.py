@@ -52,7 +52,7 @@ def an_item(kind, split="train", seed=0, **fixed):
             return item
 
 
-# ------------------------------------------------------------------------------------ the same bytes
+# ----------------------------------------------------------------------------- the same bytes
 
 
 def test_rows_are_equal_on_every_call_and_follow_the_seed():
@@ -72,7 +72,8 @@ def test_the_files_are_rebuilt_byte_for_byte(root, tmp_path):
     paths = world.write(World(), tmp_path)
     for split in ("train", "eval"):
         stored = root / "dataset" / f"{split}.json"
-        assert paths[split].read_bytes() == stored.read_bytes(), f"`python -m lab world` for {split}"
+        equal = paths[split].read_bytes() == stored.read_bytes()
+        assert equal, f"{split}.json is not what World() makes: python -m lab world"
 
 
 def test_the_files_are_small_whole_and_well_formed(root, train, evals):
@@ -95,7 +96,7 @@ def test_shares_of_kinds(train, evals):
         assert share(evals, kind) == pytest.approx(0.25, abs=0.05)
 
 
-# -------------------------------------------------------------------------------- labels, and a crowd
+# -------------------------------------------------------------------------- labels, and a crowd
 
 
 def flipped(rows):
@@ -129,7 +130,9 @@ TRACES = {  # kind -> pairs of words and phrases; SQL's traces are read off the 
     **{f"unknown {form}": pair for form, pair in UNKNOWN_FORMS.items()},
 }
 FINDERS = {
-    name: [re.compile(rf"\b(?:{'|'.join(sorted(words, key=len, reverse=True))})\b") for words in pair]
+    name: [
+        re.compile(rf"\b(?:{'|'.join(sorted(words, key=len, reverse=True))})\b") for words in pair
+    ]
     for name, pair in TRACES.items()
 }
 SQL_TRACES = (
@@ -140,11 +143,16 @@ SQL_TRACES = (
 
 
 def traces(text):
-    """Every combination that shows in a text, of whatever kind."""
+    """Every combination that shows in a text, of whatever kind.
+
+    The words of `unknown` mean something else in SQL (weight), so one sentence has to hold both.
+    """
     found = {(match,) for pattern in SQL_TRACES for match in pattern.findall(text)}
-    for first, second in FINDERS.values():
-        if starts := set(first.findall(text)):
-            found |= set(product(starts, set(second.findall(text))))
+    sentences = re.split(r"[.?!;]", text)
+    for name, (first, second) in FINDERS.items():
+        for part in sentences if name.startswith("unknown") else [text]:
+            if starts := set(first.findall(part)):
+                found |= set(product(starts, set(second.findall(part))))
     return found
 
 
@@ -158,10 +166,12 @@ def test_the_traces_found_are_those_of_the_items(kind, split):
         assert item.trace in traces(f"{item.question} {item.good[0]}")
 
 
-def test_no_held_out_combination_shows_in_any_training_text(train, document_text):
-    documents = (document_text(d) for d in world.documents(World(), 20_000))
+def test_no_held_out_combination_shows_in_any_training_text(train):
+    """A question and a wrong answer to it are two texts: together they state nothing."""
+    documents = world.documents(World(), 20_000)
+    parts = ([d] if isinstance(d, str) else d for d in documents)
     fields = ("prompt", "chosen", "rejected", "response")
-    texts = {row[name] for row in train for name in fields} | set(documents)
+    texts = {row[name] for row in train for name in fields} | {text for p in parts for text in p}
     seen = {}
     for text in texts:
         seen |= {trace: text for trace in traces(text) if trace not in seen}
@@ -264,7 +274,7 @@ def test_not_knowing_needs_the_right_topic_and_no_prediction():
     assert judge(as_row(secret), f"{secret.good[0]} I think 12.") == 0
 
 
-# ------------------------------------------------------------------------------------ SQL, by result
+# ----------------------------------------------------------------------------------- SQL, by result
 
 TRUTH = {
     "table": "farms",
@@ -329,8 +339,14 @@ def test_a_wrong_query_is_worth_nothing(answer):
         ("SELECT AVG(age) FROM farms;", "SELECT SUM(age) FROM farms;"),
         ("SELECT MAX(age) FROM farms;", "SELECT MIN(age) FROM farms;"),
         ("SELECT SUM(age) FROM farms WHERE city = 'rome';", "SELECT SUM(age) FROM farms;"),
-        ("SELECT COUNT(*) FROM farms WHERE age < 30;", "SELECT COUNT(*) FROM farms WHERE age > 30;"),
-        ("SELECT age FROM farms WHERE city = 'rome';", "SELECT age FROM farms WHERE city = 'lima';"),
+        (
+            "SELECT COUNT(*) FROM farms WHERE age < 30;",
+            "SELECT COUNT(*) FROM farms WHERE age > 30;",
+        ),
+        (
+            "SELECT age FROM farms WHERE city = 'rome';",
+            "SELECT age FROM farms WHERE city = 'lima';",
+        ),
         (
             "SELECT city FROM farms ORDER BY age DESC LIMIT 1;",
             "SELECT city FROM farms ORDER BY age ASC LIMIT 1;",
@@ -383,13 +399,16 @@ def test_what_is_no_plain_query_is_refused(attack, tmp_path, monkeypatch):
     assert time.perf_counter() - start < 1
 
 
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)"
+
+
 @pytest.mark.parametrize(
     "bomb",
     [
-        "SELECT * FROM (WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c);",
-        "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c;",
-        "SELECT COUNT(*) FROM " + ", ".join(f"farms f{i}" for i in range(12)) + ";",
-        "SELECT MAX(a.age) FROM " + ", ".join(f"farms {c}" for c in "abcdefghij") + " ORDER BY 1;",
+        f"SELECT * FROM ({ENDLESS} SELECT x FROM c);",
+        f"{ENDLESS} SELECT count(*) FROM c;",
+        "SELECT COUNT(*) FROM " + ", ".join(f"farms f{i}" for i in range(7)) + ";",
+        "SELECT MAX(a.age) FROM " + ", ".join(f"farms {c}" for c in "abcdefg") + " ORDER BY 1;",
     ],
     ids=range(4),
 )

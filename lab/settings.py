@@ -1,0 +1,65 @@
+"""A flat dataclass of parameters: presets, types, and clear words for what cannot work."""
+
+import difflib
+import math
+from dataclasses import field, fields
+
+from lab.runs import CourseError
+
+
+def knob(default, stages, meaning):
+    """A field: its default, the stages that read it, what it means."""
+    return field(default=default, metadata={"stages": stages.split(), "meaning": meaning})
+
+
+class Settings:
+    """Base of a dataclass made of knobs. None means "as the preset says"."""
+
+    presets = {}
+    may_be_zero = frozenset()  # whole numbers that need not be at least 1
+
+    def __init__(self, preset="auto", **values):
+        if preset is not None and preset not in ("auto", *self.presets):
+            raise CourseError(f"preset = {preset!r} is not known{nearest(preset, self.presets)}")
+        known = {f.name: f for f in fields(self)}
+        for name in values:
+            if name not in known:
+                raise CourseError(f"{name!r} is not a parameter{nearest(name, known)}")
+        given = {name: value for name, value in values.items() if value is not None}
+        merged = {name: f.default for name, f in known.items()}
+        merged |= self.presets.get(preset, {}) | given | {"preset": preset or "auto"}
+        for name, value in merged.items():
+            object.__setattr__(self, name, converted(name, value, known[name].type))
+        for name, f in known.items():
+            self.check_size(name, f.type)
+        self.check()
+
+    def check_size(self, name, kind):
+        value, floor = getattr(self, name), 0 if name in self.may_be_zero else 1
+        if kind is int and value < floor:
+            raise CourseError(f"{name} = {value} is impossible: it must be at least {floor}.")
+        if kind is float and not 0 <= value < math.inf:
+            raise CourseError(f"{name} = {value} is impossible: it must be at least 0, and finite.")
+
+    def check(self):
+        """For what only the subclass knows."""
+
+
+def nearest(name, known):
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."
+
+
+def converted(name, value, kind):
+    """The value as its field's type: YAML and the command line hand over 2e-5 as text."""
+    try:
+        if kind is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if kind is str and isinstance(value, str):
+            return value
+        number = kind in (int, float) and not isinstance(value, bool)
+        if number and kind(value) == float(value):
+            return kind(value)
+    except (TypeError, ValueError):
+        pass
+    raise CourseError(f"{name} = {value!r} is impossible: it must be of type {kind.__name__}.")

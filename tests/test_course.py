@@ -1,0 +1,144 @@
+"""The whole course, headless, on the preset `smoke`: what it writes, twice the same."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).resolve().parent.parent
+TIMES = {"seconds", "seconds_rollout"}
+
+
+def course(root, command="course", *arguments):
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lab",
+            command,
+            "--preset",
+            "smoke",
+            "--set",
+            f"root={root}",
+            *arguments,
+        ],
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def figures(root):
+    """All that was measured, without the clock."""
+    found = {}
+    for stage in ("base", "actor", "critic", "rlhf"):
+        lines = (root / "model" / stage / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found[stage] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    report = json.loads((root / "model" / "report" / "report.json").read_text())
+    return found | {"report": {k: v for k, v in report.items() if k != "seconds"}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder in which the course has run once."""
+    root = tmp_path_factory.mktemp("course")
+    shutil.copytree(HOME / "dataset", root / "dataset")
+    done = course(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (root / "printed.txt").write_text(done.stdout)
+    return root
+
+
+def test_every_stage_leaves_a_whole_artifact(root):
+    for stage in ("base", "actor", "critic", "rlhf", "report"):
+        record = json.loads((root / "model" / stage / "stage.json").read_text())
+        for name, size in record["files"].items():
+            assert (root / "model" / stage / name).stat().st_size == size
+        assert record["config"]["preset"] == "smoke"
+    left = [path.name for path in (root / "model").iterdir() if path.name.startswith(".")]
+    assert left == []
+    assert not list((root / "model").rglob("*.bin")) and not list(
+        (root / "model").rglob("*.p*k*l*")
+    )
+
+
+def test_metrics_are_whole_and_plausible(root):
+    found = figures(root)
+    assert [row["step"] for row in found["base"]] == list(range(1, 13))
+    assert found["base"][-1]["loss"] < found["base"][0]["loss"]
+    assert abs(found["critic"][0]["loss"] - math.log(2)) < 1e-5
+    assert len(found["rlhf"]) == 2
+    for row in found["rlhf"]:
+        assert row["ratio_error"] < 1e-3 and row["updates"] == 4
+        assert all(math.isfinite(value) for value in row.values())
+    assert abs(found["rlhf"][0]["kl"]) < 1e-3, "the policy starts as the reference"
+
+
+def test_the_report_has_the_agreed_form(root):
+    report = json.loads((root / "model" / "report" / "report.json").read_text())
+    assert report["rows"] == 24 and set(report["models"]) == {"base", "actor", "rlhf"}
+    for model in report["models"].values():
+        for judge in (model["judge"], model["judge_greedy"]):
+            assert judge["low"] <= judge["mean"] <= judge["high"]
+            assert set(judge["kinds"]) == {"sql", "feelings", "harmful", "unknown"}
+        numbers = [model[name] for name in ("reward", "kl", "length", "distinct_2", "eos")]
+        assert all(math.isfinite(number) for number in numbers)
+    assert abs(report["models"]["actor"]["kl"]) < 1e-3
+    assert 0 <= report["critic"]["accuracy"] <= 1
+    assert set(report["seconds"]) == {"base", "actor", "critic", "rlhf"}
+    page = (root / "model" / "report" / "report.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page.replace("</html>", "")
+
+
+def test_the_result_is_printed(root):
+    printed = (root / "printed.txt").read_text()
+    assert "24 held-out questions" in printed and "report.html" in printed
+
+
+def test_samples_can_be_read_along(root):
+    lines = (root / "model" / "rlhf" / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {"step", "prompt", "response", "reward", "kl", "fixed"} <= set(rows[0])
+    fixed = [row["prompt"] for row in rows if row["fixed"]]
+    assert len(fixed) == 2 * len(set(fixed)), "the same prompts at both steps"
+
+
+def test_models_load_with_plain_transformers(root):
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    for stage, kind in (
+        ("rlhf", AutoModelForCausalLM),
+        ("critic", AutoModelForSequenceClassification),
+    ):
+        model = kind.from_pretrained(root / "model" / stage)
+        tokenizer = AutoTokenizer.from_pretrained(root / "model" / stage)
+        assert (
+            model(**tokenizer("Human: Hello? Assistant:", return_tensors="pt"))
+            .logits.isfinite()
+            .all()
+        )
+
+
+def test_a_second_run_gives_the_same_numbers(root):
+    first = figures(root)
+    done = course(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert figures(root) == first
+
+
+def test_a_stage_out_of_order_names_the_notebook(root, tmp_path):
+    shutil.copytree(root / "dataset", tmp_path / "dataset")
+    done = course(tmp_path, "critic")
+    assert done.returncode == 1
+    assert "1_actor.ipynb" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "model" / "critic").exists()

@@ -1,0 +1,249 @@
+"""python -m lab: help, parameters, what it tells while a notebook runs and when one fails."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import nbformat
+import pytest
+
+from lab import __main__ as driver
+from lab import world
+from lab.runs import NOTEBOOKS
+from util import Config
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder in the place of the repository."""
+    monkeypatch.setattr(driver, "HOME", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(home, monkeypatch):
+    """Notebooks are not run: their names and parameters are noted."""
+    noted = []
+
+    def note(path, copy, given, **how):
+        noted.append((path.stem, given))
+
+    monkeypatch.setattr("papermill.execute_notebook", note)
+    return noted
+
+
+def notebook(path, source, parameters="seed = 0"):
+    cells = [nbformat.v4.new_code_cell(text) for text in (parameters, source)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+def listed(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        driver.main([command, "--help"])
+    assert stop.value.code == 0
+    return re.findall(r"^  (\w+) ", capsys.readouterr().out.split("parameters:")[1], re.M)
+
+
+# ------------------------------------------------------------------------------------------------
+# Help
+
+
+@pytest.mark.parametrize("command, stage", [(c, stage) for c, (_, stage) in driver.STAGES.items()])
+def test_the_help_of_a_stage_lists_what_it_reads(capsys, command, stage):
+    stages = {f.name: f.metadata["stages"] for f in fields(Config)}
+    assert listed(capsys, command) == [n for n, s in stages.items() if "all" in s or stage in s]
+
+
+def test_the_help_of_course_lists_every_parameter_once(capsys):
+    assert listed(capsys, "course") == [f.name for f in fields(Config)]
+
+
+def test_every_parameter_is_read_by_a_stage():
+    known = {"all"} | {stage for _, stage in driver.STAGES.values()}
+    for f in fields(Config):
+        assert f.metadata["stages"] and set(f.metadata["stages"]) <= known, f.name
+        assert f.metadata["meaning"], f.name
+
+
+def test_the_help_of_world_lists_its_fields(capsys):
+    assert listed(capsys, "world") == [f.name for f in fields(world.World)]
+
+
+def test_plain_help_does_not_wait_for_torch():
+    code = "import sys; from lab.__main__ import parser; parser().format_help(); "
+    code += "sys.exit('torch' in sys.modules or 'util' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=driver.HOME).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Parameters
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("actor --set actor_lrr=1e-3", "did you mean 'actor_lr'"),
+        ("course --config my.yaml", "did you mean 'kl_coef'"),
+        ("course --preset smoky", "did you mean 'smoke'"),
+        ("course --set actor_lr=high", "actor_lr = 'high' is impossible"),
+        ("course --set gamma=2", "gamma = 2.0 is impossible"),
+        ("actor --set kl_coef=0.1", "actor does not read kl_coef"),
+        ("actor --set seed", "NAME=VALUE"),
+        ("actor --config nowhere.yaml", "nowhere.yaml cannot be read"),
+        ("actor --config list.yaml", "list.yaml must hold"),
+        ("world --set rowz=10", "did you mean 'rows'"),
+        ("world --set rows=ten", "rows = 'ten' is impossible"),
+    ],
+)
+def test_a_wrong_parameter_is_one_sentence_and_nothing_runs(
+    home, calls, capsys, monkeypatch, line, sentence
+):
+    monkeypatch.chdir(home)
+    (home / "my.yaml").write_text("kl_cof: 0.1\n")
+    (home / "list.yaml").write_text("- 1\n")
+    assert driver.main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+    assert not calls and not (home / "model").exists()
+
+
+def test_values_arrive_with_their_types(home, calls):
+    text = "policy_lr: 2e-5\nsteps: '7'\nwhiten: no\nkl_coef: 1\nlam: null\n"
+    (home / "my.yaml").write_text(text)
+    line = ["rlhf", "--config", str(home / "my.yaml"), "--set", "steps=8", "--set", "whiten=true"]
+    assert driver.main(line) == 0
+    assert calls == [("3_rlhf", {"policy_lr": 2e-5, "steps": 8, "whiten": True, "kl_coef": 1.0})]
+    assert [type(v) for v in calls[0][1].values()] == [float, int, bool, float]
+
+
+def test_course_gives_each_notebook_what_it_reads(calls):
+    given = ["seed=3", "weight_decay=0", "actor_lr=1e-4", "kl_coef=0.1", "test_rows=50"]
+    pairs = [part for pair in given for part in ("--set", pair)]
+    assert driver.main(["course", "--preset", "smoke", *pairs]) == 0
+    common = {"preset": "smoke", "seed": 3}
+    assert calls == [
+        ("0_download", common | {"weight_decay": 0.0}),
+        ("1_actor", common | {"weight_decay": 0.0, "actor_lr": 1e-4}),
+        ("2_critic", common | {"weight_decay": 0.0}),
+        ("3_rlhf", common | {"weight_decay": 0.0, "kl_coef": 0.1}),
+        ("4_test", common | {"test_rows": 50}),
+    ]
+
+
+def test_a_file_for_the_whole_course_serves_one_stage(home, calls):
+    (home / "my.yaml").write_text("kl_coef: 0.1\nactor_epochs: 2\nroot: elsewhere\n")
+    assert driver.main(["actor", "--config", str(home / "my.yaml")]) == 0
+    assert calls == [("1_actor", {"actor_epochs": 2, "root": "elsewhere"})]
+    assert (home / "elsewhere" / "model" / "notebooks").is_dir()
+
+
+def test_nothing_given_means_nothing_passed(calls):
+    assert driver.main(["course"]) == 0
+    assert calls == [(name.removesuffix(".ipynb"), {}) for name in NOTEBOOKS.values()]
+
+
+def test_world_writes_what_it_was_told(tmp_path):
+    sizes = ["--set", "rows=20", "--set", "eval_rows=8", "--set", "seed=5", "--set", "flip=0.5"]
+    assert driver.main(["world", *sizes, "--out", str(tmp_path / "a")]) == 0
+    world.write(world.World(rows=20, eval_rows=8, seed=5, flip=0.5), tmp_path / "b")
+    for name in ("train.json", "eval.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Running
+
+
+RUNS = """
+import json, pathlib
+here = pathlib.Path("model")
+(here / ".actor.partial").mkdir()
+with open(here / ".actor.partial" / "metrics.jsonl", "w") as file:
+    for step in (1, 2):
+        print(json.dumps({"step": step, "steps": 2, "loss": 0.5 / step, "seed": seed}), file=file)
+(here / ".actor.partial").rename(here / "actor")
+(here / "actor" / "stage.json").write_text('{"peak_memory_mb": 321}')
+"""
+
+
+def test_a_notebook_runs_beside_its_folder_and_is_summed_up(home, capfd):
+    notebook(home / "1_actor.ipynb", RUNS)
+    assert driver.main(["actor", "--set", "seed=4"]) == 0
+    said = capfd.readouterr()  # of the kernel as well
+    assert re.match(r"1_actor +2/2 steps  loss 0.250 .* s  peak memory 321 MB\n$", said.out)
+    assert said.err == ""
+    assert json.loads((home / "model/actor/metrics.jsonl").read_text().split("\n")[0])["seed"] == 4
+    copy = nbformat.read(home / "model" / "notebooks" / "1_actor.ipynb", 4)
+    assert all(cell.execution_count for cell in copy.cells)
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("raise ValueError('the ground is wet\\nand more')", "ValueError: the ground is wet"),
+        ("import os; os._exit(1)", "DeadKernelError: Kernel died"),
+    ],
+)
+def test_a_notebook_that_fails_is_one_sentence_and_ends_the_course(home, capfd, source, reason):
+    notebook(home / "0_download.ipynb", source)
+    assert driver.main(["course"]) == 1
+    copy = home / "model" / "notebooks" / "0_download.ipynb"
+    said = f"0_download.ipynb stopped. {reason}\nThe notebook as far as it came: {copy}\n"
+    assert capfd.readouterr().err == said
+    assert copy.exists()
+
+
+def test_progress_tells_of_this_run_only(home):
+    partial = home / "model" / ".rlhf.partial"
+    partial.mkdir(parents=True)
+    metrics = partial / "metrics.jsonl"
+    metrics.write_text('{"step": 9, "steps": 9, "reward": 1.0}\n')
+    os.utime(metrics, (0, 0))
+    progress = driver.Progress(home / "model", "rlhf")
+    progress.began -= 1
+    assert re.fullmatch(r"3_rlhf +1 s", progress.line())
+    metrics.write_text('{"step": 3, "steps": 9, "reward": -0.5, "kl": 0.25}\n')
+    assert "  3/9 steps  reward -0.500  kl 0.250  " in re.sub(" {3,}", "  ", progress.line())
+    metrics.write_text('{"step": 4, "steps": 9, "rewa')  # half a line: what was known stays
+    assert "3/9 steps" in progress.line()
+
+
+# ------------------------------------------------------------------------------------------------
+# The result
+
+
+def scores(mean):
+    kinds = {"sql": mean - 0.1, "unknown": mean + 0.1}
+    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02, "kinds": kinds}
+
+
+def model(mean, judged=True):
+    rest = {"reward": None, "kl": 1.25, "length": 17.5, "distinct_2": 0.625, "eos": 1.0}
+    judge = {"judge": scores(mean), "judge_greedy": scores(mean + 0.05)}
+    return (judge if judged else dict.fromkeys(judge)) | rest
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_the_table_stands_at_the_end(home, calls, capsys, judged):
+    folder = home / "model" / "report"
+    folder.mkdir(parents=True)
+    means = {"base": 0.11, "actor": 0.47, "rlhf": 0.83}
+    models = {name: model(mean, judged) for name, mean in means.items()}
+    report = {"rows": 600, "models": models, "critic": {"accuracy": 0.93 if judged else None}}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert driver.main(["test"]) == 0
+    said = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert "600 held-out" in said and str(folder / "report.html") in said
+    assert lines["reward"].split() == ["reward", "-", "-", "-"]
+    assert lines["KL (nats)"].split()[2:] == ["1.25"] * 3
+    if judged:
+        assert re.findall(r"\d\.\d\d(?= \()", lines["judge"]) == ["0.11", "0.47", "0.83"]
+        assert lines["sql"].split() == ["sql", "0.01", "0.37", "0.73"]
+        assert "93%" in said
+    assert max(map(len, said.replace(str(home), "").splitlines())) <= 100

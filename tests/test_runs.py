@@ -1,0 +1,248 @@
+"""Artifacts: published whole or not at all, and every mistake names the notebook that mends it."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from lab import runs
+from lab.runs import NOTEBOOKS, CourseError, Stage, artifact, read_metrics, read_record
+
+CHAIN = {"base": (), "actor": ("base",), "critic": ("actor",), "rlhf": ("actor", "critic")}
+
+
+def make(root, name, weights="w", data=()):
+    """A finished stage whose weights are this text."""
+    with Stage(root, name, {"seed": 0}, CHAIN[name], data) as stage:
+        (stage.folder / "model.safetensors").write_text(f"{name} {weights}")
+        (stage.folder / "config.json").write_text("{}")
+        for step in range(3):
+            stage.log({"step": step, "loss": 1 / (step + 1)})
+        stage.summary = {"loss": 0.25}
+    return artifact(root, name)
+
+
+@pytest.fixture
+def course(tmp_path):
+    """Four finished stages."""
+    for name in CHAIN:
+        make(tmp_path, name)
+    return tmp_path
+
+
+def everything(root):
+    """Each visible file below model/ and what it holds."""
+    files = [path for path in (root / "model").rglob("*") if path.is_file()]
+    shown = [
+        path for path in files if not path.relative_to(root / "model").parts[0].startswith(".")
+    ]
+    return {str(path.relative_to(root)): path.read_bytes() for path in shown}
+
+
+def test_a_stage_is_published_with_all_that_the_design_promises(tmp_path):
+    (tmp_path / "train.json").write_text("rows")
+    folder = make(tmp_path, "base", data=[tmp_path / "train.json"])
+    assert folder == tmp_path / "model" / "base"
+    record = read_record(tmp_path, "base")
+    assert {"config", "seconds", "peak_memory_mb", "versions", "metrics", "data", "inputs"} <= set(
+        record
+    )
+    assert record["config"] == {"seed": 0} and record["metrics"] == {"loss": 0.25}
+    assert record["data"] == {"train.json": runs.digest(tmp_path / "train.json")}
+    assert record["seconds"] >= 0 and record["peak_memory_mb"] > 1
+    assert {"python", "torch", "transformers"} <= set(record["versions"])
+    assert [line["step"] for line in read_metrics(tmp_path, "base")] == [0, 1, 2]
+    listed = set(record["files"]) | {"stage.json"}
+    assert listed == {path.name for path in folder.iterdir()}
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["base"]
+
+
+def test_log_hands_on_what_it_wrote(tmp_path):
+    with Stage(tmp_path, "base", {}) as stage:
+        assert stage.log({"step": 1, "loss": 0.123456789}) == {"step": 1, "loss": 0.123457}
+        stage.samples([{"response": "é"}])
+        stage.samples([{"response": "b"}])
+        lines = (stage.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["response"] for line in lines] == ["é", "b"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, CourseError])
+def test_an_exception_leaves_everything_as_it_was(course, error):
+    before = everything(course)
+    with pytest.raises(error), Stage(course, "actor", {}, ["base"]) as stage:
+        (stage.folder / "model.safetensors").write_text("half")
+        raise error("stop")
+    assert everything(course) == before
+    assert artifact(course, "critic")
+
+
+def test_an_exception_in_a_first_run_leaves_no_artifact(tmp_path):
+    with pytest.raises(ValueError), Stage(tmp_path, "base", {}) as stage:
+        (stage.folder / "model.safetensors").write_text("half")
+        raise ValueError
+    assert not list((tmp_path / "model").rglob("stage.json")) and not everything(tmp_path)
+    with pytest.raises(CourseError, match="0_download"):
+        artifact(tmp_path, "base")
+    make(tmp_path, "base", "second attempt")
+
+
+def test_a_generator_dropped_half_way_publishes_nothing(course):
+    before = everything(course)
+
+    def training():
+        with Stage(course, "actor", {}, ["base"]) as stage:
+            (stage.folder / "model.safetensors").write_text("half")
+            yield stage.log({"step": 1})
+            yield stage.log({"step": 2})
+
+    steps = training()
+    next(steps)
+    steps.close()
+    assert everything(course) == before
+
+
+def test_leftovers_of_a_stopped_run_do_not_get_into_the_next(tmp_path):
+    with pytest.raises(ValueError), Stage(tmp_path, "base", {}) as stage:
+        (stage.folder / "leftover.bin").write_text("old")
+        raise ValueError
+    folder = make(tmp_path, "base")
+    assert not (folder / "leftover.bin").exists()
+
+
+def test_running_again_replaces_the_old_artifact_whole(course):
+    old = read_record(course, "rlhf")["id"]
+    (course / "model" / "rlhf" / "extra.txt").write_text("stays not")
+    make(course, "rlhf", "other")
+    assert read_record(course, "rlhf")["id"] != old
+    assert not (course / "model" / "rlhf" / "extra.txt").exists()
+
+
+# ------------------------------------------------------------------------ what is wrong, by name
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_missing_input_names_its_notebook(tmp_path, name):
+    with pytest.raises(CourseError, match=NOTEBOOKS[name]):
+        artifact(tmp_path, name)
+    with pytest.raises(CourseError, match=NOTEBOOKS[name]):
+        Stage(tmp_path, "report", {}, [name])
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_stale_critic_names_its_notebook(course):
+    make(course, "actor", "trained again")
+    for use in (
+        lambda: artifact(course, "critic"),
+        lambda: Stage(course, "rlhf", {}, CHAIN["rlhf"]),
+    ):
+        with pytest.raises(CourseError, match="model/actor.*2_critic.ipynb"):
+            use()
+    assert artifact(course, "actor")
+
+
+def test_a_stale_grandparent_is_noticed(course):
+    make(course, "base", "another one")
+    for use in (lambda: artifact(course, "rlhf"), lambda: Stage(course, "report", {}, ["critic"])):
+        with pytest.raises(CourseError, match="model/base.*1_actor.ipynb"):
+            use()
+
+
+def test_the_same_weights_again_are_not_stale(course):
+    make(course, "actor")
+    assert artifact(course, "critic") and artifact(course, "rlhf")
+
+
+def test_a_stale_input_leaves_the_old_result(course):
+    make(course, "actor", "trained again")
+    before = everything(course)
+    with pytest.raises(CourseError):
+        Stage(course, "rlhf", {}, CHAIN["rlhf"]).__enter__()
+    assert everything(course) == before
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete", "empty"])
+def test_a_damaged_file_is_named_with_its_notebook(course, harm):
+    path = course / "model" / "actor" / "model.safetensors"
+    if harm == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if harm == "truncate" else b"")
+    with pytest.raises(CourseError, match=r"model/actor.*model\.safetensors.*1_actor\.ipynb"):
+        artifact(course, "actor")
+    with pytest.raises(CourseError, match="1_actor.ipynb"):
+        Stage(course, "critic", {}, ["actor"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe"])
+def test_a_broken_record_is_named_with_its_notebook(course, text):
+    path = course / "model" / "actor" / "stage.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CourseError, match="1_actor.ipynb"):
+        artifact(course, "actor")
+
+
+def test_a_course_error_is_one_sentence_in_jupyter():
+    assert CourseError("run it")._render_traceback_() == ["CourseError: run it"]
+
+
+# ------------------------------------------------------------------- stopped in the worst place
+
+
+def stop_at_rename(monkeypatch, number):
+    """The process dies at the `number`-th rename."""
+    done, real = [], os.replace
+
+    def replace(*args):
+        done.append(args)
+        if len(done) == number:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(runs.os, "replace", replace)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_stopped_between_the_renames_the_old_result_comes_back(course, monkeypatch, number):
+    before = everything(course)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_rename(patch, number)
+        make(course, "actor", "new")
+    assert artifact(course, "actor") and everything(course) == before
+    assert artifact(course, "rlhf")
+
+
+@pytest.mark.parametrize(
+    "use", [lambda r: Stage(r, "critic", {}, ["actor"]), lambda r: artifact(r, "critic")]
+)
+def test_whoever_needs_it_finds_the_old_result_back(course, monkeypatch, use):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_rename(patch, 2)
+        make(course, "actor", "new")
+    assert use(course)
+    assert (course / "model" / "actor").is_dir()
+
+
+def test_after_such_a_stop_the_stage_runs_again(course, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_rename(patch, 2)
+        make(course, "actor", "new")
+    make(course, "actor", "new")
+    assert (course / "model" / "actor" / "model.safetensors").read_text() == "actor new"
+    assert not [p for p in (course / "model").iterdir() if p.name.startswith(".")]
+
+
+def test_stopped_twice_in_the_worst_place_something_whole_is_left(course, monkeypatch):
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at_rename(patch, 2 if (course / "model" / "actor").exists() else 1)
+            make(course, "actor", "new")
+    assert artifact(course, "actor")
+
+
+def test_a_copied_course_still_works(course, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("elsewhere") / "course"
+    shutil.copytree(course, copy)
+    assert artifact(copy, "rlhf")
+    texts = [path.read_text() for path in copy.rglob("stage.json")]
+    assert not any(str(course) in text for text in texts)
