@@ -87,8 +87,10 @@ class Config(Settings):
     eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
     validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
     weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW's weight decay")
+    beta1: float = knob(0.9, "base actor critic rlhf", "AdamW's first moment decay")
     beta2: float = knob(0.95, "base actor critic rlhf", "AdamW's second moment decay")
     grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of a gradient")
+    lr_floor: float = knob(0.1, "base actor critic rlhf", "share of the peak rate at the end")
     warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps spent warming up")
     # 0_download
     base_model: str = knob("auto", "base", "auto, tiny, a hub name or a local folder")
@@ -205,14 +207,9 @@ def load_eval_rows(cfg):
     return read_rows(Path(cfg.root) / "dataset" / "eval.json")[: cfg.test_rows]
 
 
-def batches(lengths, size, generator, pool=1):
-    """One epoch of index lists, in random order, rows of like length together (less padding)."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    groups = [order[i : i + size * pool] for i in range(0, len(order), size * pool)]
-    order = [i for group in groups for i in sorted(group, key=lambda row: lengths[row])]
-    chunks = [order[i : i + size] for i in range(0, len(order), size)]
-    for i in torch.randperm(len(chunks), generator=generator).tolist():
-        yield chunks[i]
+def batches(count, size, generator):
+    """One epoch of index lists, in random order; every row once."""
+    return [part.tolist() for part in torch.randperm(count, generator=generator).split(size)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -254,8 +251,9 @@ def encode_prompt(tokenizer, prompt, limit):
 
 def encode_answer(tokenizer, answer, limit):
     """Token ids of an answer, eos at its end: a model learns to stop only where it sees a stop."""
-    ids = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
-    return ids[: limit - 1] + [tokenizer.eos_token_id]
+    eos = tokenizer.eos_token_id
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"] + [eos]
+    return ids[: min(ids.index(eos), limit - 1)] + [eos]
 
 
 def pad(sequences, value, side, device):
@@ -310,7 +308,7 @@ def as_ids(token_id, device):
 
 
 def tiny_model(cfg, tokenizer):
-    """A small OPT with random weights; at this width OPT's own init_std of 0.02 never learns to copy."""
+    """A small OPT with random weights. At this width OPT's own 0.02 never learns to copy."""
     shape = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden_size,
@@ -508,6 +506,7 @@ def masked_mean(x, mask):
 
 def masked_whiten(x, mask):
     """Mean 0 and deviation 1 over what the mask keeps, 0 elsewhere."""
+    x = torch.where(mask, x, 0)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0)
@@ -554,7 +553,7 @@ def gae(rewards, values, mask, *, gamma, lam):
 
     Nothing follows the last real token. Gives (advantages, returns = advantages + values).
     """
-    rewards, values = rewards * mask, values * mask
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantage = next_value = torch.zeros_like(rewards[:, 0])
     advantages = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):
@@ -583,6 +582,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio):
 
 def ppo_value_loss(values, old_values, returns, mask, *, value_clip):
     """Half the squared error; a value that moved further than the clip gains nothing from it."""
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     stats = {"value_clip_fraction": masked_mean((clipped_error > error).float(), mask)}
@@ -591,8 +591,8 @@ def ppo_value_loss(values, old_values, returns, mask, *, value_clip):
 
 def group_advantages(rewards, group_size, *, scale=True):
     """GRPO: how much better an answer is than the other answers to its prompt, (B,)."""
-    if len(rewards) % group_size:
-        raise CourseError(f"{len(rewards)} rewards do not make groups of {group_size}.")
+    if group_size < 2 or len(rewards) % group_size:
+        raise CourseError(f"{len(rewards)} rewards do not make groups of {group_size} (2 or more).")
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
@@ -604,7 +604,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ra
     """PPO's clipped objective with one advantage per answer (B,), and the KL (k3) in the loss."""
     advantages = advantages[:, None].expand_as(logprobs)  # (B, R)
     loss, stats = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio)
-    kl = masked_mean(kl_estimate(logprobs, ref_logprobs, estimator="k3"), mask)
+    gap = torch.where(mask, logprobs - ref_logprobs, 0)
+    kl = masked_mean(kl_estimate(gap, 0, estimator="k3"), mask)
     return loss + kl_coef * kl, stats | detached({"kl": kl})
 
 
@@ -620,6 +621,8 @@ def dpo_loss(
 ):
     """DPO from summed log-probs (B,); its reward is implicit: beta log(policy / reference)."""
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    if label_smoothing and loss_type != "sigmoid":
+        raise CourseError(f"label_smoothing = {label_smoothing} is for the sigmoid loss only.")
     if loss_type == "sigmoid":
         wins, fails = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
         loss = (1 - label_smoothing) * wins + label_smoothing * fails
@@ -673,6 +676,17 @@ def chunks(count, size):
 
 
 @dataclass
+class Crew:
+    """Who takes part in RLHF. A test needs no value model."""
+
+    tokenizer: object
+    policy: torch.nn.Module  # learns
+    reference: torch.nn.Module  # the actor as it was, frozen
+    reward: object  # any callable reward(prompts, responses) -> list[float]
+    value_model: torch.nn.Module | None = None  # learns what to expect
+
+
+@dataclass
 class Rollout:
     """What one round of answers left behind. Tensors are (B, R) unless they say otherwise."""
 
@@ -711,17 +725,17 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 
 @torch.no_grad()
-def collect(policy, reference, value_model, reward, tokenizer, prompts, cfg, kl_coef, generator):
+def collect(crew, prompts, cfg, *, kl_coef, generator):
     """Answers to some prompts, scored, and priced by their distance from the reference."""
-    prompt = encode_prompts(tokenizer, prompts, cfg, policy.device)
-    response_ids, mask, logprobs = sample(policy, tokenizer, *prompt, cfg, generator)
+    prompt = encode_prompts(crew.tokenizer, prompts, cfg, crew.policy.device)
+    response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
     tokens = (*prompt, response_ids, mask)
-    responses = decode(tokenizer, response_ids, mask)
-    scores = torch.tensor(reward(prompts, responses), dtype=torch.float32, device=mask.device)
+    responses = decode(crew.tokenizer, response_ids, mask)
+    scores = torch.tensor(crew.reward(prompts, responses), dtype=torch.float32).to(mask.device)
     scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip)
-    scores -= cfg.missing_eos_penalty * ~ended(response_ids, mask, tokenizer.eos_token_id)
-    ref_logprobs, _ = response_logprobs(reference, *tokens, temperature=cfg.temperature)
-    values = answer_values(value_model, *tokens)
+    scores -= cfg.missing_eos_penalty * ~ended(response_ids, mask, crew.tokenizer.eos_token_id)
+    ref_logprobs, _ = response_logprobs(crew.reference, *tokens, temperature=cfg.temperature)
+    values = answer_values(crew.value_model, *tokens)
     rewards = token_rewards(scores, kl_estimate(logprobs, ref_logprobs), mask, kl_coef)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
     if cfg.whiten:
@@ -752,14 +766,14 @@ def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperatur
 class Optimiser:
     """AdamW with warm-up, decay and gradient clipping for one or more models."""
 
-    def __init__(self, cfg, rates, steps, floor=0.1):
-        """`rates`: (model, peak learning rate) pairs; the rate ends at `floor` of its peak."""
-        self.cfg, self.steps, self.floor = cfg, max(steps, 1), floor
+    def __init__(self, cfg, rates, steps):
+        """`rates`: (model, peak learning rate) pairs."""
+        self.cfg, self.steps = cfg, max(steps, 1)
         self.parameters = [[p for p in model.parameters() if p.requires_grad] for model, _ in rates]
         self.peaks = [rate for _, rate in rates]
         self.adamw = torch.optim.AdamW(
             [{"params": group} for group in self.parameters],
-            betas=(0.9, cfg.beta2),
+            betas=(cfg.beta1, cfg.beta2),
             weight_decay=cfg.weight_decay,
             fused=True,
         )
@@ -768,7 +782,7 @@ class Optimiser:
         """One update at `progress`, the number of steps before it."""
         ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
-        scale = ramp * (self.floor + (1 - self.floor) * cosine)
+        scale = ramp * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
         for group, peak in zip(self.adamw.param_groups, self.peaks):
             group["lr"] = peak * scale
         loss.backward()
@@ -799,6 +813,8 @@ def open_stage(cfg, name, inputs=(), data="train.json"):
 
 def finish(stage, model, tokenizer, summary):
     """What `from_pretrained` of plain transformers wants, and the last figures."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(stage.folder)
     tokenizer.save_pretrained(stage.folder)
     stage.summary = summary
@@ -891,12 +907,11 @@ def train_actor(cfg):
         tokenizer, model = load_pair(cfg, "base")
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
         held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
-        lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
         steps = cfg.actor_epochs * math.ceil(len(rows) / cfg.actor_batch)
         optimiser = Optimiser(cfg, [(model, cfg.actor_lr)], steps)
         step, start = 0, time.perf_counter()
         for epoch in range(cfg.actor_epochs):
-            for index in batches(lengths, cfg.actor_batch, dice(cfg, "sft", epoch)):
+            for index in batches(len(rows), cfg.actor_batch, dice(cfg, "sft", epoch)):
                 loss = sft_loss(model.train(), tokenizer, [rows[i] for i in index], cfg)
                 metrics = {"step": step + 1, "steps": steps, "loss": loss.item()}
                 metrics |= optimiser.step(loss, step)
@@ -935,12 +950,11 @@ def train_critic(cfg):
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
         tokenizer, model = load_tokenizer(artifact(cfg.root, "actor")), critic_from_actor(cfg)
         rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
-        lengths = [len(row["prompt"]) + len(row["chosen"]) for row in rows]
         steps = cfg.critic_epochs * math.ceil(len(rows) / cfg.critic_batch)
         optimiser = Optimiser(cfg, [(model, cfg.critic_lr)], steps)
         step, start = 0, time.perf_counter()
         for epoch in range(cfg.critic_epochs):
-            for index in batches(lengths, cfg.critic_batch, dice(cfg, "pairs", epoch)):
+            for index in batches(len(rows), cfg.critic_batch, dice(cfg, "pairs", epoch)):
                 scores = pair_scores(model.train(), tokenizer, [rows[i] for i in index], cfg)
                 loss, stats = pairwise_loss(*scores)
                 penalty = cfg.score_penalty * torch.cat(scores).square().mean()
@@ -1001,14 +1015,21 @@ def value_from_critic(cfg):
     return model
 
 
-def ppo_loss(policy, value_model, tokens, old, cfg):
+def assemble(cfg, reward=None):
+    """Policy and reference start as the actor, the value model as the critic."""
+    (tokenizer, policy), (_, reference) = load_pair(cfg, "actor"), load_pair(cfg, "actor")
+    reward = reward or RewardModel(artifact(cfg.root, "critic"), cfg)
+    return Crew(tokenizer, policy, reference, reward, value_from_critic(cfg))
+
+
+def ppo_loss(crew, tokens, old, cfg):
     """Loss of one minibatch: policy, values and entropy together. `old` is what the rollout saw."""
     mask = tokens[3]
-    logprobs, entropy = response_logprobs(policy, *tokens, temperature=cfg.temperature)
+    logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
     policy_loss, stats = ppo_policy_loss(
         logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio
     )
-    values = answer_values(value_model, *tokens)
+    values = answer_values(crew.value_model, *tokens)
     value_loss, value_stats = ppo_value_loss(
         values, old["values"], old["returns"], mask, value_clip=cfg.value_clip
     )
@@ -1022,14 +1043,14 @@ def ppo_loss(policy, value_model, tokens, old, cfg):
     return loss, numbers(stats)
 
 
-def improve(policy, value_model, optimiser, rollout, cfg, step):
+def improve(crew, optimiser, rollout, cfg, step):
     """Several epochs over one rollout, in minibatches. Yields the stats of each update."""
     rows, updates = len(rollout.prompts), 0
     per_step = cfg.ppo_epochs * math.ceil(rows / cfg.minibatch)
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
         for index in order.split(cfg.minibatch):
-            loss, stats = ppo_loss(policy, value_model, *rollout.part(index), cfg)
+            loss, stats = ppo_loss(crew, *rollout.part(index), cfg)
             if updates == 0 and stats["ratio_error"] > 1e-3:
                 raise CourseError(
                     f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling "
@@ -1059,31 +1080,27 @@ def train_rlhf(cfg, reward=None):
     `reward` is any callable `reward(prompts, responses) -> list[float]`; else the reward model.
     """
     with open_stage(cfg, "rlhf", inputs=["actor", "critic"]) as stage:
-        tokenizer, policy = load_pair(cfg, "actor")
-        _, reference = load_pair(cfg, "actor")
-        value_model = value_from_critic(cfg)
-        reward = reward or RewardModel(artifact(cfg.root, "critic"), cfg)
+        crew = assemble(cfg, reward)
         prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
-        rates = [(policy, cfg.policy_lr), (value_model, cfg.value_lr)]
+        rates = [(crew.policy, cfg.policy_lr), (crew.value_model, cfg.value_lr)]
         optimiser, kl_coef = Optimiser(cfg, rates, cfg.steps), cfg.kl_coef
         for step in range(cfg.steps):
             start, batch = time.perf_counter(), prompt_batch(cfg, prompts, step)
-            models = policy, reference, value_model, reward
             luck = dice(cfg, "rollout", step)
-            rollout = collect(*models, tokenizer, batch, cfg, kl_coef, luck)
+            rollout = collect(crew, batch, cfg, kl_coef=kl_coef, generator=luck)
             half = time.perf_counter()
-            updates = list(improve(policy, value_model, optimiser, rollout, cfg, step))
+            updates = list(improve(crew, optimiser, rollout, cfg, step))
             metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": kl_coef}
-            metrics |= rollout_metrics(rollout, tokenizer) | mean_of(updates)
+            metrics |= rollout_metrics(rollout, crew.tokenizer) | mean_of(updates)
             metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
             stage.samples(rollout_samples(rollout, step + 1))
             if step % cfg.sample_every == 0 or step == cfg.steps - 1:
-                fixed = look(*models[:2], reward, tokenizer, prompts[:4], cfg)
+                fixed = look(crew, prompts[:4], cfg)
                 stage.samples({"step": step + 1, "fixed": True} | row for row in fixed)
             yield stage.log(metrics)
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], len(batch), cfg)
         summary = {name: metrics[name] for name in ("reward", "kl", "length", "entropy")}
-        finish(stage, policy, tokenizer, summary)
+        finish(stage, crew.policy, crew.tokenizer, summary)
 
 
 def mean_of(dicts):
@@ -1121,38 +1138,36 @@ def rollout_samples(rollout, step, count=4):
 # 12. Evaluation
 
 
-def look(model, reference, reward, tokenizer, prompts, cfg, temperature=0.0):
-    """What a model answers to a few prompts: text, reward, KL to the reference."""
+def look(crew, prompts, cfg):
+    """The policy's favourite answer to a few prompts: text, reward, KL to the reference."""
     rows = [{"prompt": prompt} for prompt in prompts]
-    out = evaluate(model, reference, reward, tokenizer, rows, cfg, dice(cfg, "look"), temperature)
-    return [{name: row[name] for name in ("prompt", "response", "reward", "kl")} for row in out]
+    answers = evaluate(crew, rows, cfg, dice(cfg, "look"), temperature=0)
+    return [{name: row[name] for name in ("prompt", "response", "reward", "kl")} for row in answers]
 
 
 @torch.no_grad()
-def evaluate(model, reference, reward, tokenizer, rows, cfg, generator, temperature=None):
-    """One answer to each row: text, judge's score, reward, KL to the reference, length, eos.
+def evaluate(crew, rows, cfg, generator, *, temperature=None):
+    """One answer of the policy to each row: text, judge's score, reward, KL, length, eos.
 
     The judge's score is None where a row does not say what would be right.
     """
-    results, prompts = [], [row["prompt"] for row in rows]
-    for tokens in answer(model, tokenizer, prompts, cfg, generator, temperature):
-        t = cfg.temperature
-        logprobs = [response_logprobs(m, *tokens, temperature=t)[0] for m in (model, reference)]
+    results, prompts, models = [], [row["prompt"] for row in rows], (crew.policy, crew.reference)
+    for tokens in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, temperature):
+        logprobs = [response_logprobs(m, *tokens, temperature=cfg.temperature)[0] for m in models]
         part = rows[len(results) : len(results) + len(tokens[0])]
-        texts = decode(tokenizer, *tokens[2:])
+        texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
             "response": texts,
-            "reward": reward([row["prompt"] for row in part], texts),
+            "reward": crew.reward([row["prompt"] for row in part], texts),
             "kl": kl_estimate(*logprobs).sum(1).tolist(),
             "length": tokens[3].sum(1).tolist(),
-            "eos": ended(*tokens[2:], tokenizer.eos_token_id).tolist(),
+            "eos": ended(*tokens[2:], crew.tokenizer.eos_token_id).tolist(),
         }
         for row, *values in zip(part, *columns.values()):
             result = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
             result |= dict(zip(columns, values))
-            judged = "truth" in row
-            score = world.judge(row, result["response"], result["eos"]) if judged else None
-            results.append(result | {"judge": score})
+            truth = (row, result["response"], result["eos"])
+            results.append(result | {"judge": world.judge(*truth) if "truth" in row else None})
     return results
 
 

@@ -45,8 +45,10 @@ def pipeline(seed, folder, rows, parameters):
     models = {}
     for name in ("base", "actor", "rlhf"):
         tokenizer, model = util.load_pair(cfg, name)
-        asked = model, reference, reward, tokenizer, rows, cfg
-        answers = [util.evaluate(*asked, util.dice(cfg, "test"), t) for t in (None, 0)]
+        crew = util.Crew(tokenizer, model, reference, reward)
+        answers = [
+            util.evaluate(crew, rows, cfg, util.dice(cfg, "test"), temperature=t) for t in (None, 0)
+        ]
         models[name] = report.summarise(*answers)
     scorer, tokenizer = util.load_scorer(critic, cfg), util.load_tokenizer(critic)
     pairs = pd.DataFrame(util.judge_critic(scorer, tokenizer, rows, cfg))

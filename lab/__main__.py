@@ -5,10 +5,8 @@ data.
 """
 
 import argparse
-import inspect
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -16,7 +14,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from lab.runs import NOTEBOOKS, CourseError
-from lab.settings import converted, nearest
 
 HOME = Path(__file__).resolve().parent.parent  # the notebooks lie here, wherever one stands
 STAGES = {  # subcommand: its folder in model/, its name in the metadata of Config
@@ -80,8 +77,7 @@ def read_by(command):
 def world_table():
     from lab.world import World
 
-    notes = dict(re.findall(r"^ +(\w+): .*# (.*)$", inspect.getsource(World), re.M))
-    return [(f.name, f.default, notes.get(f.name, "")) for f in fields(World)]
+    return [(f.name, f.default, f.metadata["meaning"]) for f in fields(World)]
 
 
 def assignments(pairs):
@@ -214,12 +210,7 @@ def show_result(folder):
 def make_world(args):
     from lab.world import World, write
 
-    types, given = {f.name: f.type for f in fields(World)}, assignments(args.set)
-    for name, value in given.items():
-        if name not in types:
-            raise CourseError(f"{name!r} is not a parameter{nearest(name, types)}")
-        given[name] = converted(name, value, types[name])
-    for path in write(World(**given), args.out).values():
+    for path in write(World(**assignments(args.set)), args.out).values():
         print(path)
 
 

@@ -16,11 +16,16 @@ def read_rows(path, needs=("prompt",)):
     path = Path(path)
     if not path.exists():
         raise CourseError(f"{path} is not there: `python -m lab world` writes the embedded data.")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise CourseError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
     rows = parse_list(path, text) if text.lstrip().startswith("[") else parse_lines(path, text)
     if not rows:
         raise CourseError(f"{path} holds no rows.")
     for line, row in rows:
+        if not isinstance(row, dict):
+            raise CourseError(f"{path}, line {line}: a row must be an object with a prompt.")
         for name in needs:
             if not isinstance(row.get(name), str):
                 raise CourseError(f"{path}, line {line}: the field {name!r} must be a text.")

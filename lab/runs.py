@@ -40,11 +40,7 @@ def digest(*paths):
 
 def artifact(root, name):
     """The folder of a finished stage, after checking that it is whole and fits its inputs."""
-    folder = Path(root) / "model" / name
-    old = folder.with_name(f".{name}.old")
-    if not folder.exists() and old.exists():  # stopped between the two renames of `publish`
-        old.rename(folder)
-    record = read_record(root, name)
+    folder, record = Path(root) / "model" / name, read_record(root, name)
     lost = [f for f, size in record["files"].items() if file_size(folder / f) != size]
     if lost:
         raise CourseError(f"model/{name} is damaged ({lost[0]}): run {NOTEBOOKS[name]} again.")
@@ -58,13 +54,23 @@ def artifact(root, name):
     return folder
 
 
+def recover(root, name):
+    """Puts the old artifact back where a run was stopped between the two renames of `publish`."""
+    folder = Path(root) / "model" / name
+    old = folder.with_name(f".{name}.old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+
+
 def read_record(root, name):
+    recover(root, name)
     path = Path(root) / "model" / name / "stage.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"id": record["id"], "files": record["files"], "inputs": record["inputs"], **record}
     except FileNotFoundError:
         raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise CourseError(f"{path} cannot be read: run {NOTEBOOKS[name]} again.") from None
 
 
@@ -152,6 +158,7 @@ class Stage:
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (self.folder / "stage.json").write_text(text, encoding="utf-8")
+        recover(self.root, self.name)
         old = self.target.with_name(f".{self.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.target.exists():

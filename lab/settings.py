@@ -19,18 +19,17 @@ class Settings:
     may_be_zero = frozenset()  # whole numbers that need not be at least 1
 
     def __init__(self, preset="auto", **values):
-        if preset is not None and preset not in ("auto", *self.presets):
+        preset, known = preset or "auto", {f.name: f for f in fields(self)}
+        if preset not in ("auto", *self.presets):
             raise CourseError(f"preset = {preset!r} is not known{nearest(preset, self.presets)}")
-        known = {f.name: f for f in fields(self)}
         for name in values:
             if name not in known:
                 raise CourseError(f"{name!r} is not a parameter{nearest(name, known)}")
         given = {name: value for name, value in values.items() if value is not None}
         merged = {name: f.default for name, f in known.items()}
-        merged |= self.presets.get(preset, {}) | given | {"preset": preset or "auto"}
-        for name, value in merged.items():
-            object.__setattr__(self, name, converted(name, value, known[name].type))
+        merged |= self.presets.get(preset, {}) | given | {"preset": preset}
         for name, f in known.items():
+            object.__setattr__(self, name, converted(name, merged[name], f.type))
             self.check_size(name, f.type)
         self.check()
 
@@ -60,6 +59,6 @@ def converted(name, value, kind):
         number = kind in (int, float) and not isinstance(value, bool)
         if number and kind(value) == float(value):
             return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise CourseError(f"{name} = {value!r} is impossible: it must be of type {kind.__name__}.")

@@ -21,6 +21,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.runs import CourseError
+from lab.settings import Settings, knob
+
 KINDS = ("sql", "feelings", "harmful", "unknown")
 SPLITS = ("train", "tune", "eval")
 TEMPLATE = "Human: {} Assistant:"
@@ -393,7 +396,7 @@ def grade_sql(truth, answer):
     if "missing" in truth:
         told = re.search(rf"\bno {truth['missing']} column\b", answer)
         return told is not None and "SELECT" not in answer
-    if not answer.startswith("SELECT"):
+    if not re.match("select ", answer, re.IGNORECASE):
         return 0
     for rows in random_tables(truth):
         right, given = (run_sql(truth, rows, query) for query in (truth["query"], answer))
@@ -433,7 +436,7 @@ def random_tables(truth, count=8, size=12):
 
 
 READ_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ}
-FUNCTIONS = {"count", "sum", "avg", "min", "max", "total", "abs", "round", "lower", "upper"}
+FUNCTIONS = {"count", "sum", "avg", "min", "max", "total", "abs", "round", "lower", "upper", "like"}
 
 
 def run_sql(truth, rows, query, steps=20_000):
@@ -466,17 +469,25 @@ def run_sql(truth, rows, query, steps=20_000):
 # What a crowd wrote, and what pretraining reads
 
 
-@dataclass(frozen=True)
-class World:
+@dataclass(init=False, frozen=True)
+class World(Settings):
     """A world to generate. The hard cases (`subtle`, `missing`) make the later lessons."""
 
-    seed: int = 0
-    rows: int = 20_000  # rows of train.json
-    eval_rows: int = 1_000  # rows of eval.json
-    bad: float = 0.5  # share of bad answers among the crowd's
-    subtle: float = 0.05  # how often a wrong one is right but for a word (reward models miss it)
-    flip: float = 0.1  # share of preference pairs with the wrong label
-    missing: float = 0.0  # share of SQL questions about a column that is not there
+    seed: int = knob(0, "world", "another seed, other questions from the same grammar")
+    rows: int = knob(20_000, "world", "rows of train.json")
+    eval_rows: int = knob(1_000, "world", "rows of eval.json")
+    bad: float = knob(0.5, "world", "share of bad answers among the crowd's")
+    subtle: float = knob(0.05, "world", "how often what is wrong is right but for one word")
+    flip: float = knob(0.1, "world", "share of preference pairs with the wrong label")
+    missing: float = knob(0.0, "world", "share of SQL questions about a column that is not there")
+    may_be_zero = frozenset({"seed"})
+
+    def check(self):
+        for name in ("bad", "subtle", "flip", "missing"):
+            if getattr(self, name) > 1:
+                raise CourseError(
+                    f"{name} = {getattr(self, name)} is impossible: a share is at most 1."
+                )
 
     def rng(self, purpose):
         return random.Random(f"{self.seed} {purpose}")
