@@ -142,3 +142,43 @@ def test_a_stage_out_of_order_names_the_notebook(root, tmp_path):
     assert done.returncode == 1
     assert "1_actor.ipynb" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "model" / "critic").exists()
+
+
+def test_an_unknown_parameter_is_an_error_under_plain_papermill(root, tmp_path):
+    import papermill
+
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'kl_coef'"):
+        papermill.execute_notebook(
+            HOME / "3_rlhf.ipynb",
+            tmp_path / "out.ipynb",
+            {"kl_coeff": 0.1, "root": str(root), "preset": "smoke"},
+            kernel_name="python3",
+            cwd=HOME,
+            progress_bar=False,
+        )
+
+
+def test_ppo_raises_a_reward_of_ones_own(root, tmp_path):
+    """From random answers to ones with more of the letter e: the whole loop learns."""
+    import util
+
+    shutil.copytree(root / "dataset", tmp_path / "dataset")
+    shutil.copytree(root / "model", tmp_path / "model")
+    cfg = util.Config(
+        "smoke",
+        root=str(tmp_path),
+        steps=12,
+        rollout=48,
+        minibatch=24,
+        policy_lr=3e-3,
+        kl_coef=0.01,
+    )
+    seen = []
+
+    def letters(prompts, responses):
+        seen.extend(zip(prompts, responses))
+        return [10 * response.count("e") / max(1, len(response)) for response in responses]
+
+    rewards = [step["reward"] for step in util.train_rlhf(cfg, reward=letters)]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
+    assert all(prompt.endswith("Assistant:") for prompt, _ in seen)
