@@ -308,7 +308,7 @@ def as_ids(token_id, device):
 
 
 def tiny_model(cfg, tokenizer):
-    """A small OPT with random weights. At this width OPT's own 0.02 never learns to copy."""
+    """A small OPT with random weights. At this width OPT's own 0.02 learns to copy far later."""
     shape = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden_size,

@@ -58,7 +58,8 @@ def explain(cfg, stage):
 
 def source(function):
     """The source of a function as it stands in util.py now."""
-    style = HtmlFormatter(noclasses=True, cssstyles="font-size:90%")
+    mono = "font-family:monospace;font-size:13px;line-height:1.4;margin:0"
+    style = HtmlFormatter(noclasses=True, prestyles=mono)
     display(HTML(highlight(inspect.getsource(function), PythonLexer(), style)))
 
 

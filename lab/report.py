@@ -8,9 +8,11 @@ import json
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"  # Okabe-Ito
+DIVERGING = LinearSegmentedColormap.from_list("course", [BLUE, "white", ORANGE])
 COLOURS = {"base": GREY, "actor": BLUE, "rlhf": ORANGE}
 STYLE = {
     "axes.spines.top": False,
@@ -57,9 +59,9 @@ def token_strip(tokens, rows):
     width, values = max(8, 0.75 * len(tokens)), np.array(list(rows.values()), dtype=float)
     figure, (ax,) = canvas(width=width, height=0.5 * len(rows) + 0.9)
     scale = np.abs(values).max(axis=1, keepdims=True) + 1e-9
-    ax.imshow(values / scale, cmap="PuOr_r", vmin=-1.3, vmax=1.3, aspect="auto")
+    ax.imshow(values / scale, cmap=DIVERGING, vmin=-1.6, vmax=1.6, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9)
+        ax.text(j, i, f"{value:.2f}".replace("-0.00", "0"), ha="center", va="center", fontsize=9)
     ax.set_xticks(range(len(tokens)), [plain(token) for token in tokens], rotation=40, ha="left")
     ax.set_yticks(range(len(rows)), list(rows))
     ax.xaxis.tick_top()
@@ -117,7 +119,7 @@ def judged_bars(models):
         for place, height in zip(x, heights):
             ax.text(place, height + 0.03, f"{height:.2f}", ha="center", fontsize=8)
     ax.set_xticks(range(len(kinds) + 1), [*kinds, "all kinds"])
-    ax.set(ylabel="judge's score", ylim=(0, 1.12), title="Judged by the truth (temperature 1)")
+    ax.set(ylabel="judge's score", ylim=(0, 1.25), title="Judged by the truth (temperature 1)")
     ax.legend(loc="upper left", ncols=3, frameon=False)
     return figure
 

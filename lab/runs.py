@@ -120,24 +120,24 @@ class Stage:
     def __enter__(self):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
         self.started = time.perf_counter()
         return self
 
     def log(self, metrics):
         """One step's metrics: kept as a line, handed on to whoever watches."""
-        metrics = {name: round(v, 6) if type(v) is float else v for name, v in metrics.items()}
-        self.metrics.write(json.dumps(metrics) + "\n")
-        self.metrics.flush()
+        metrics = {k: float(f"{v:.6g}") if type(v) is float else v for k, v in metrics.items()}
+        self.append("metrics.jsonl", [metrics])
         return metrics
 
     def samples(self, rows):
         """Answers worth reading, a line each in samples.jsonl."""
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        self.append("samples.jsonl", rows)
+
+    def append(self, name, rows):
+        with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def __exit__(self, kind, error, trace):
-        self.metrics.close()
         if kind is None:
             self.publish()
 
