@@ -74,12 +74,6 @@ def read_record(root, name):
         raise CourseError(f"{path} cannot be read: run {NOTEBOOKS[name]} again.") from None
 
 
-def read_metrics(root, name):
-    """The metrics of a finished stage, a dict a step."""
-    with open(artifact(root, name) / "metrics.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def file_size(path):
     return path.stat().st_size if path.exists() else None
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from lab import runs
-from lab.runs import NOTEBOOKS, CourseError, Stage, artifact, read_metrics, read_record
+from lab.runs import NOTEBOOKS, CourseError, Stage, artifact, read_record
 
 CHAIN = {"base": (), "actor": ("base",), "critic": ("actor",), "rlhf": ("actor", "critic")}
 
@@ -52,7 +52,8 @@ def test_a_stage_is_published_with_all_that_the_design_promises(tmp_path):
     assert record["data"] == {"train.json": runs.digest(tmp_path / "train.json")}
     assert record["seconds"] >= 0 and record["peak_memory_mb"] > 1
     assert {"python", "torch", "transformers"} <= set(record["versions"])
-    assert [line["step"] for line in read_metrics(tmp_path, "base")] == [0, 1, 2]
+    lines = (tmp_path / "model" / "base" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     listed = set(record["files"]) | {"stage.json"}
     assert listed == {path.name for path in folder.iterdir()}
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["base"]
