@@ -55,7 +55,8 @@ from lab.settings import Settings, knob
 COLAB = dict(
     actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
     max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
-    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, eval_batch=64,
+    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, checkpoint_every=100,
+    eval_batch=64,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},  # the defaults below
@@ -65,7 +66,7 @@ PRESETS = {
         pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32,
         vocab_size=600, sft_share=0.02, preference_share=0.02, prompt_share=0.01, actor_batch=16,
         validation_rows=16, norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16,
-        sample_every=1, test_rows=24, eval_batch=24,
+        checkpoint_every=5, sample_every=1, test_rows=24, eval_batch=24,
     ),
 }  # fmt: skip
 
@@ -92,6 +93,8 @@ class Config(Settings):
     grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of a gradient")
     lr_floor: float = knob(0.1, "base actor critic rlhf", "share of the peak rate at the end")
     warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps spent warming up")
+    resume: bool = knob(True, "base actor critic rlhf", "go on where a stopped run was")
+    checkpoint_every: int = knob(25, "base actor critic rlhf", "steps between two checkpoints")
     # 0_download
     base_model: str = knob("auto", "base", "auto, tiny, a hub name or a local folder")
     fallback: bool = knob(True, "base", "a model that will not load: take tiny (else: an error)")
@@ -103,9 +106,7 @@ class Config(Settings):
     pretrain_documents: int = knob(50_000, "base", "tiny: documents of pretraining text")
     pretrain_steps: int = knob(1_000, "base", "tiny: steps of pretraining")
     pretrain_batch: int = knob(16, "base", "tiny: blocks a step")
-    pretrain_length: int = knob(
-        128, "base", "tiny: tokens a block, and the longest text it can read"
-    )
+    pretrain_length: int = knob(128, "base", "tiny: tokens a block, and of the longest text")
     pretrain_lr: float = knob(4e-3, "base", "tiny: peak learning rate")
     # 1_actor
     actor_lr: float = knob(1e-3, "actor", "peak learning rate")
@@ -127,9 +128,7 @@ class Config(Settings):
     value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
     temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
     kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
-    kl_target: float = knob(
-        0.0, "rlhf", "KL per answer to steer kl_coef to; 0: kl_coef stays fixed"
-    )
+    kl_target: float = knob(0.0, "rlhf", "KL per answer that kl_coef aims at; 0: it stays fixed")
     kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
     gamma: float = knob(1.0, "rlhf", "discount of later rewards")
     lam: float = knob(1.0, "rlhf", "GAE's lambda: 1 trusts the reward, 0 trusts the values")
@@ -210,6 +209,11 @@ def load_eval_rows(cfg):
 def batches(count, size, generator):
     """One epoch of index lists, in random order; every row once."""
     return [part.tolist() for part in torch.randperm(count, generator=generator).split(size)]
+
+
+def epochs(cfg, purpose, count, size, laps):
+    """The index lists of a whole training, one a step."""
+    return [index for lap in range(laps) for index in batches(count, size, dice(cfg, purpose, lap))]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -768,8 +772,8 @@ class Optimiser:
 
     def __init__(self, cfg, rates, steps):
         """`rates`: (model, peak learning rate) pairs."""
-        self.cfg, self.steps = cfg, max(steps, 1)
-        self.parameters = [[p for p in model.parameters() if p.requires_grad] for model, _ in rates]
+        self.cfg, self.steps, self.models = cfg, max(steps, 1), [model for model, _ in rates]
+        self.parameters = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
         self.peaks = [rate for _, rate in rates]
         self.adamw = torch.optim.AdamW(
             [{"params": group} for group in self.parameters],
@@ -808,7 +812,9 @@ def next_kl_coef(kl_coef, kl, answers, cfg):
 def open_stage(cfg, name, inputs=(), data="train.json"):
     """The folder that a stage fills; it appears in model/ when it is whole."""
     torch.manual_seed(cfg.seed)  # for the dropout of models that have some
-    return Stage(cfg.root, name, asdict(cfg), inputs, [Path(cfg.root) / "dataset" / data])
+    data = [Path(cfg.root) / "dataset" / data]
+    keep = {"resume": cfg.resume, "every": cfg.checkpoint_every}
+    return Stage(cfg.root, name, asdict(cfg), inputs, data, **keep)
 
 
 def finish(stage, model, tokenizer, summary):
@@ -822,15 +828,12 @@ def finish(stage, model, tokenizer, summary):
 
 def choose_base(cfg):
     """(what 0_download takes, one sentence that says why): "tiny", a hub name or a local folder."""
-    wanted = cfg.base_model
-    if wanted == "tiny":
-        return "tiny", "The embedded tiny model is made here, from random weights."
-    if wanted == "auto" and pick_device(cfg).type == "cpu":
-        return (
-            "tiny",
-            "There is no GPU here, so the embedded tiny model is made, from random weights.",
-        )
-    name = "facebook/opt-125m" if wanted == "auto" else wanted
+    made = "the embedded tiny model is made here, from random weights."
+    if cfg.base_model == "tiny":
+        return "tiny", f"As asked, {made}"
+    if cfg.base_model == "auto" and pick_device(cfg).type == "cpu":
+        return "tiny", f"There is no GPU here, so {made}"
+    name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
     try:
         load_actor(name, cfg), load_tokenizer(name)
         return name, f"The base model is {name}."
@@ -838,10 +841,7 @@ def choose_base(cfg):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not cfg.fallback:
             raise CourseError(f"base_model = {name!r} will not load: {reason}") from None
-        return (
-            "tiny",
-            f"{name} will not load ({reason}), so the embedded tiny model is made instead.",
-        )
+        return "tiny", f"{name} will not load ({reason}), so {made}"
 
 
 def train_base(cfg):
@@ -864,8 +864,9 @@ def pretrain(cfg, stage):
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
     data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer).to(pick_device(cfg))
     optimiser = Optimiser(cfg, [(model.train(), cfg.pretrain_lr)], cfg.pretrain_steps)
-    start = time.perf_counter()
-    for step in range(cfg.pretrain_steps):
+    yield from stage.past
+    for step in stage.steps(cfg.pretrain_steps, optimiser):
+        start = time.perf_counter()
         luck = dice(cfg, "block", step)
         ids = data[torch.randint(len(data), (cfg.pretrain_batch,), generator=luck)]
         loss = next_token_loss(model, ids.to(model.device))
@@ -907,18 +908,17 @@ def train_actor(cfg):
         tokenizer, model = load_pair(cfg, "base")
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
         held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
-        steps = cfg.actor_epochs * math.ceil(len(rows) / cfg.actor_batch)
-        optimiser = Optimiser(cfg, [(model, cfg.actor_lr)], steps)
-        step, start = 0, time.perf_counter()
-        for epoch in range(cfg.actor_epochs):
-            for index in batches(len(rows), cfg.actor_batch, dice(cfg, "sft", epoch)):
-                loss = sft_loss(model.train(), tokenizer, [rows[i] for i in index], cfg)
-                metrics = {"step": step + 1, "steps": steps, "loss": loss.item()}
-                metrics |= optimiser.step(loss, step)
-                step += 1
-                if held and (step % max(1, steps // 8) == 0 or step == steps):
-                    metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
-                yield stage.log(metrics | {"seconds": time.perf_counter() - start})
+        plan = epochs(cfg, "sft", len(rows), cfg.actor_batch, cfg.actor_epochs)
+        optimiser = Optimiser(cfg, [(model, cfg.actor_lr)], len(plan))
+        yield from stage.past
+        for step in stage.steps(len(plan), optimiser):
+            start = time.perf_counter()
+            loss = sft_loss(model.train(), tokenizer, [rows[i] for i in plan[step]], cfg)
+            metrics = {"step": step + 1, "steps": len(plan), "loss": loss.item()}
+            metrics |= optimiser.step(loss, step)
+            if held and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
+                metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
+            yield stage.log(metrics | {"seconds": time.perf_counter() - start})
         finish(stage, model, tokenizer, {"loss": metrics.get("validation_loss", metrics["loss"])})
 
 
@@ -950,18 +950,17 @@ def train_critic(cfg):
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
         tokenizer, model = load_tokenizer(artifact(cfg.root, "actor")), critic_from_actor(cfg)
         rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
-        steps = cfg.critic_epochs * math.ceil(len(rows) / cfg.critic_batch)
-        optimiser = Optimiser(cfg, [(model, cfg.critic_lr)], steps)
-        step, start = 0, time.perf_counter()
-        for epoch in range(cfg.critic_epochs):
-            for index in batches(len(rows), cfg.critic_batch, dice(cfg, "pairs", epoch)):
-                scores = pair_scores(model.train(), tokenizer, [rows[i] for i in index], cfg)
-                loss, stats = pairwise_loss(*scores)
-                penalty = cfg.score_penalty * torch.cat(scores).square().mean()
-                stats = numbers(stats) | optimiser.step(loss + penalty, step)
-                step += 1
-                metrics = {"step": step, "steps": steps, "loss": loss.item(), **stats}
-                yield stage.log(metrics | {"seconds": time.perf_counter() - start})
+        plan = epochs(cfg, "pairs", len(rows), cfg.critic_batch, cfg.critic_epochs)
+        optimiser = Optimiser(cfg, [(model, cfg.critic_lr)], len(plan))
+        yield from stage.past
+        for step in stage.steps(len(plan), optimiser):
+            start = time.perf_counter()
+            scores = pair_scores(model.train(), tokenizer, [rows[i] for i in plan[step]], cfg)
+            loss, stats = pairwise_loss(*scores)
+            penalty = cfg.score_penalty * torch.cat(scores).square().mean()
+            stats = numbers(stats) | optimiser.step(loss + penalty, step)
+            metrics = {"step": step + 1, "steps": len(plan), "loss": loss.item(), **stats}
+            yield stage.log(metrics | {"seconds": time.perf_counter() - start})
         model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
         finish(stage, model.eval(), tokenizer, {"accuracy": metrics["accuracy"]})
 
@@ -1083,14 +1082,15 @@ def train_rlhf(cfg, reward=None):
         crew = assemble(cfg, reward)
         prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
         rates = [(crew.policy, cfg.policy_lr), (crew.value_model, cfg.value_lr)]
-        optimiser, kl_coef = Optimiser(cfg, rates, cfg.steps), cfg.kl_coef
-        for step in range(cfg.steps):
+        optimiser, state = Optimiser(cfg, rates, cfg.steps), {"kl_coef": cfg.kl_coef}
+        yield from stage.past
+        for step in stage.steps(cfg.steps, optimiser, state):
             start, batch = time.perf_counter(), prompt_batch(cfg, prompts, step)
             luck = dice(cfg, "rollout", step)
-            rollout = collect(crew, batch, cfg, kl_coef=kl_coef, generator=luck)
+            rollout = collect(crew, batch, cfg, kl_coef=state["kl_coef"], generator=luck)
             half = time.perf_counter()
             updates = list(improve(crew, optimiser, rollout, cfg, step))
-            metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": kl_coef}
+            metrics = {"step": step + 1, "steps": cfg.steps, **state}
             metrics |= rollout_metrics(rollout, crew.tokenizer) | mean_of(updates)
             metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
             stage.samples(rollout_samples(rollout, step + 1))
@@ -1098,7 +1098,7 @@ def train_rlhf(cfg, reward=None):
                 fixed = look(crew, prompts[:4], cfg)
                 stage.samples({"step": step + 1, "fixed": True} | row for row in fixed)
             yield stage.log(metrics)
-            kl_coef = next_kl_coef(kl_coef, metrics["kl"], len(batch), cfg)
+            state["kl_coef"] = next_kl_coef(state["kl_coef"], metrics["kl"], len(batch), cfg)
         summary = {name: metrics[name] for name in ("reward", "kl", "length", "entropy")}
         finish(stage, crew.policy, crew.tokenizer, summary)
 

@@ -12,7 +12,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"  # Okabe-Ito
-DIVERGING = LinearSegmentedColormap.from_list("course", [BLUE, "white", ORANGE])
 COLOURS = {"base": GREY, "actor": BLUE, "rlhf": ORANGE}
 STYLE = {
     "axes.spines.top": False,
@@ -58,8 +57,9 @@ def token_strip(tokens, rows):
     """The tokens of one answer over rows of numbers: orange above zero, blue below."""
     width, values = max(8, 0.75 * len(tokens)), np.array(list(rows.values()), dtype=float)
     figure, (ax,) = canvas(width=width, height=0.5 * len(rows) + 0.9)
+    colours = LinearSegmentedColormap.from_list("below, above", [BLUE, "white", ORANGE])
     scale = np.abs(values).max(axis=1, keepdims=True) + 1e-9
-    ax.imshow(values / scale, cmap=DIVERGING, vmin=-1.6, vmax=1.6, aspect="auto")
+    ax.imshow(values / scale, cmap=colours, vmin=-1.6, vmax=1.6, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         ax.text(j, i, f"{value:.2f}".replace("-0.00", "0"), ha="center", va="center", fontsize=9)
     ax.set_xticks(range(len(tokens)), [plain(token) for token in tokens], rotation=40, ha="left")

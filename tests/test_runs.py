@@ -56,7 +56,7 @@ def test_a_stage_is_published_with_all_that_the_design_promises(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     listed = set(record["files"]) | {"stage.json"}
     assert listed == {path.name for path in folder.iterdir()}
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["base"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"base", ".base.lock"}
 
 
 def test_log_hands_on_what_it_wrote(tmp_path):
@@ -230,7 +230,9 @@ def test_after_such_a_stop_the_stage_runs_again(course, monkeypatch):
         make(course, "actor", "new")
     make(course, "actor", "new")
     assert (course / "model" / "actor" / "model.safetensors").read_text() == "actor new"
-    assert not [p for p in (course / "model").iterdir() if p.name.startswith(".")]
+    assert not [
+        p for p in (course / "model").iterdir() if p.name.startswith(".") and p.suffix != ".lock"
+    ]
 
 
 def test_stopped_twice_in_the_worst_place_something_whole_is_left(course, monkeypatch):
