@@ -301,9 +301,8 @@ def ended(response_ids, response_mask, eos_token_id):
 
 def as_ids(token_id, device):
     """eos may be one id, several, or None."""
-    ids = (
-        [] if token_id is None else token_id if isinstance(token_id, (list, tuple)) else [token_id]
-    )
+    several = token_id if isinstance(token_id, (list, tuple)) else [token_id]
+    ids = [one for one in several if one is not None]
     return torch.tensor(ids, dtype=torch.long, device=device)
 
 
@@ -362,8 +361,8 @@ def positions(mask):
 def call(model, ids, mask, **extra):
     """One forward pass over left-padded rows, with what this model's forward understands."""
     understood = inspect.signature(model.forward).parameters
-    if "position_ids" in understood:
-        extra["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    extra["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    extra = {name: value for name, value in extra.items() if name in understood}
     return model(input_ids=ids, attention_mask=mask.long(), **extra)
 
 
@@ -427,14 +426,14 @@ def generate(
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
+    source = generator.device if generator else "cpu"  # the same luck on every machine
     feed, mask, cache = prompt_ids, prompt_mask, DynamicCache(config=model.config)
     for t in range(max_new_tokens):
         out = call(model, feed, mask, use_cache=True, past_key_values=cache, logits_to_keep=1)
-        luck = torch.rand(B, generator=generator, dtype=torch.float64).to(device)
+        luck = torch.rand(B, generator=generator, device=source, dtype=torch.float64).to(device)
         token, logprob = pick(out.logits[:, -1].float(), luck[live], temperature, top_k, top_p)
         ids[live, t], logprobs[live, t] = token, logprob
-        first_stop = torch.isin(token, stops) & (lengths[live] > t + 1)
-        lengths[live[first_stop]] = t + 1
+        lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
         running = lengths[live] > t + 1
         if not running.any():
             break
@@ -925,7 +924,13 @@ def train_actor(cfg):
 def load_pair(cfg, name):
     """Tokenizer and language model of a finished stage."""
     folder = artifact(cfg.root, name)
-    return load_tokenizer(folder), load_actor(folder, cfg)
+    tokenizer, model = load_tokenizer(folder), load_actor(folder, cfg)
+    longest = cfg.max_prompt + cfg.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", longest)
+    if longest > room:
+        problem = f"max_prompt + max_new_tokens = {longest}, but model/{name} reads"
+        raise CourseError(f"{problem} {room} tokens at most.")
+    return tokenizer, model
 
 
 def sft_loss(model, tokenizer, rows, cfg):

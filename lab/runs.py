@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -183,6 +184,8 @@ class Stage:
         """
         from accelerate import Accelerator
 
+        # It remarks at every save that tied weights are stored once, as they should be.
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
         device = next(optimiser.models[0].parameters()).device
         accelerator, first = Accelerator(cpu=device.type == "cpu"), 0
         for part in (*optimiser.models, optimiser.adamw):

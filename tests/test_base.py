@@ -15,7 +15,7 @@ def ready(tmp_path_factory):
     """A model somebody brings along: a small GPT-2 and its tokenizer."""
     folder = tmp_path_factory.mktemp("ready")
     tokenizer = util.train_tokenizer(["one two three four"] * 4, 300)
-    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128)
     GPT2LMHeadModel(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -79,3 +79,10 @@ def test_weights_in_a_pickle_are_never_loaded(ready, tmp_path):
     with pytest.raises(CourseError, match="will not load"):
         util.choose_base(util.Config("smoke", base_model=str(tmp_path), fallback=False))
     assert not marker.exists()
+
+
+def test_texts_longer_than_the_model_can_read_are_refused_in_numbers(ready, root):
+    cfg = util.Config("smoke", root=str(root), base_model=str(ready), max_prompt=120)
+    list(util.train_base(cfg))
+    with pytest.raises(CourseError, match="= 136, but model/base reads 128 tokens at most"):
+        util.load_pair(cfg, "base")
