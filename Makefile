@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab test lint clean lock
+.PHONY: help course record lab test lint clean lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 course: $(VENV)/.installed  ## all five notebooks, headless: make course ARGS="--set seed=1"
 	$(BIN)/python -m lab course $(ARGS)
+
+record: course  ## run the course and keep its outputs in the committed notebooks
+	$(BIN)/python -m lab.record
 
 lab: $(VENV)/.installed  ## the notebooks in a browser
 	$(BIN)/jupyter lab $(ARGS)

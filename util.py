@@ -16,7 +16,7 @@ Contents
 
 Letters: B rows, P prompt length (left-padded), R response length (right-padded), T = P + R,
 V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made
-from lengths. The shift by one between logits and tokens happens in `answer_logits` alone.
+from lengths. The shift by one between logits and tokens happens in `before_each_token`.
 
 Left out on purpose: several machines, tool use, answers in several turns. What is no lesson (files,
 plots, the world and its judge) lives in `lab/`.
@@ -366,12 +366,18 @@ def call(model, ids, mask, **extra):
     return model(input_ids=ids, attention_mask=mask.long(), **extra)
 
 
+def before_each_token(prompt_ids, prompt_mask, response_ids, response_mask):
+    """What to read so that the last R positions stand before the R answer tokens, (B, T - 1)."""
+    ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    return ids[:, :-1], mask[:, :-1]
+
+
 def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Logits that predict each answer token, (B, R, V): position t sees everything before t."""
+    read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
     R = response_ids.shape[1]
-    ids = torch.cat([prompt_ids, response_ids], dim=1)[:, :-1]  # (B, T - 1)
-    mask = torch.cat([prompt_mask, response_mask], dim=1)[:, :-1]
-    return call(model, ids, mask, use_cache=False, logits_to_keep=R).logits[:, -R:].float()
+    return call(model, *read, use_cache=False, logits_to_keep=R).logits[:, -R:].float()
 
 
 def token_scores(scorer, ids, mask):
@@ -391,10 +397,8 @@ def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
 
 def answer_values(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
     """What the value model expects before each answer token is written, (B, R)."""
-    ids = torch.cat([prompt_ids, response_ids], dim=1)[:, :-1]  # (B, T - 1)
-    mask = torch.cat([prompt_mask, response_mask], dim=1)[:, :-1]
-    values = token_scores(scorer, ids, mask)[:, -response_ids.shape[1] :]  # (B, R)
-    return values * response_mask
+    read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
+    return token_scores(scorer, *read)[:, -response_ids.shape[1] :] * response_mask
 
 
 # ------------------------------------------------------------------------------------------------
