@@ -18,8 +18,7 @@ Letters: B rows, P prompt length (left-padded), R response length (right-padded)
 V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made
 from lengths. The shift by one between logits and tokens happens in `before_each_token`.
 
-Left out on purpose: several machines, tool use, answers in several turns. What is no lesson (files,
-plots, the world and its judge) lives in `lab/`.
+Left out on purpose: several machines, tools, several turns. What is no lesson lives in `lab/`.
 """
 
 import hashlib
@@ -1183,7 +1182,9 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
 @torch.no_grad()
 def judge_critic(critic, tokenizer, rows, cfg):
     """The reward model on held-out pairs: both scores of each, and the kind."""
-    results = []
+    rows, results = [r for r in rows if r.get("chosen") and r.get("rejected")], []
+    if not rows:
+        raise CourseError("eval.json has no row with chosen and rejected to measure the critic on.")
     for index in chunks(len(rows), cfg.eval_batch):
         part = [rows[i] for i in index]
         scores = zip(part, *(s.tolist() for s in pair_scores(critic.eval(), tokenizer, part, cfg)))

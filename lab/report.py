@@ -106,6 +106,8 @@ def calibration(pairs, bins=8):
 
 def judged_bars(models):
     """The judge's mean by kind for each model, with the 95 % interval of the overall mean."""
+    if not all(model["judge"] for model in models.values()):
+        return reward_bars(models)
     names = list(models)
     kinds = list(models[names[0]]["judge"]["kinds"])
     figure, (ax,) = canvas(width=9, height=3.4)
@@ -124,6 +126,16 @@ def judged_bars(models):
     return figure
 
 
+def reward_bars(models):
+    """The mean reward of each model, for data of which nobody knows the truth."""
+    figure, (ax,) = canvas(width=4.5, height=3.4)
+    colours = [COLOURS.get(name, GREEN) for name in models]
+    ax.bar(list(models), [model["reward"] for model in models.values()], color=colours)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(ylabel="mean reward", title="Reward (these rows have no judge)")
+    return figure
+
+
 def reward_against_judge(answers, bins=8):
     """Mean of the judge's score at each height of the reward: does more reward mean better?"""
     figure, (ax,) = canvas(width=5, height=3.6)
@@ -134,7 +146,8 @@ def reward_against_judge(answers, bins=8):
             means = table.groupby(group, observed=True)[["reward", "judge"]].mean().astype(float)
             ax.plot(means["reward"], means["judge"], "o-", color=COLOURS[name], label=name)
     ax.set(xlabel="reward model", ylabel="judge", ylim=(-0.05, 1.05), title="Reward and truth")
-    ax.legend(loc="lower right")
+    if ax.lines:
+        ax.legend(loc="lower right")
     return figure
 
 
@@ -232,11 +245,11 @@ border-bottom:1px solid #ddd;vertical-align:top}}img{{max-width:100%}}</style>
 
 def parts(models, answers, beside, pairs):
     """What report.html shows, in order."""
-    bars = [("The judge", judged_bars(models))] if models["rlhf"]["judge"] else []
+    truth = [("Reward and truth", reward_against_judge(answers))] if models["rlhf"]["judge"] else []
     return [
         ("Result", result_table(models)),
-        *bars,
-        ("Reward and truth", reward_against_judge(answers)),
+        ("Before and after", judged_bars(models)),
+        *truth,
         ("The reward model on held-out pairs", score_histogram(pairs)),
         ("Calibration", calibration(pairs)),
         ("Answers", beside),
