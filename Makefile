@@ -1,4 +1,4 @@
-# Python 3.10 or newer is all that is needed; another one than python3: make PYTHON=python3.12 ...
+# Python 3.11 or newer is all that is needed; another one than python3: make PYTHON=python3.12 ...
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
@@ -30,15 +30,15 @@ clean:  ## remove model/ and tokenizer/
 	rm -rf model tokenizer
 
 lock:  ## write requirements.txt anew from pyproject.toml (needs uv)
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 		--quiet --no-annotate --custom-compile-command "make lock" --output-file requirements.txt
 
 # Only a finished install leaves the stamp; a broken one starts over.
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c '' || { echo "$(PYTHON) does not run: install Python 3.10 or newer, or name\
+	@$(PYTHON) -c '' || { echo "$(PYTHON) does not run: install Python 3.11 or newer, or name\
 	 yours: make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too\
-	 old: Python 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too\
+	 old: Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual\
 	 environments: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)

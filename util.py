@@ -1,7 +1,7 @@
 """RLHF on one blackboard: everything the course teaches, to be read from top to bottom.
 
 Contents
-    1. Config              every number of the course, its presets, its checks
+    1. Device and luck     where it runs; a random generator for every purpose
     2. Data                rows, their shares, batches
     3. Tokens              prompts padded on the left, answers on the right
     4. Models              base, actor, critic: plain Hugging Face models
@@ -26,6 +26,7 @@ import inspect
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,140 +43,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lab import world
-from lab.data import read_rows
-from lab.runs import CourseError, Stage, artifact, read_record
-from lab.settings import Settings, knob
+from lab import CourseError, world
+from lab.config import Config  # noqa: F401
+from lab.data import apart, read_rows, with_pairs
+from lab.runs import Stage, artifact
+from lab.trouble import Sturdy, alerts, find_device, loading, note_texts
 
 # ------------------------------------------------------------------------------------------------
-# 1. Config
-
-
-COLAB = dict(
-    actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
-    max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
-    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, checkpoint_every=100,
-    eval_batch=64,
-)  # fmt: skip
-PRESETS = {
-    "tiny": {},  # the defaults below
-    "colab": COLAB,
-    "full": COLAB | dict(gamma=0.99, lam=0.95, value_coef=0.5, entropy_coef=0.01),
-    "smoke": dict(
-        pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32,
-        vocab_size=600, sft_share=0.02, preference_share=0.02, prompt_share=0.01, actor_batch=16,
-        validation_rows=16, norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16,
-        checkpoint_every=5, sample_every=1, test_rows=24, eval_batch=24,
-    ),
-}  # fmt: skip
-
-
-@dataclass(init=False, frozen=True)
-class Config(Settings):
-    """Every number of the course. The defaults are `tiny`; None means "as the preset says"."""
-
-    # all stages
-    preset: str = knob("auto", "all", "tiny, colab, full or smoke; auto: what suits the base model")
-    root: str = knob(".", "all", "the folder that holds dataset/, tokenizer/ and model/")
-    seed: int = knob(0, "all", "the same seed on the same machine gives the same numbers")
-    device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
-    max_prompt: int = knob(80, "all", "tokens of a prompt; longer ones lose their front")
-    max_new_tokens: int = knob(40, "all", "tokens of an answer, its eos included")
-    sft_share: float = knob(0.4, "all", "share of train.json that 1_actor learns from")
-    preference_share: float = knob(0.5, "all", "share whose pairs 2_critic learns from")
-    prompt_share: float = knob(0.1, "all", "share whose prompts 3_rlhf answers")
-    eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
-    validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
-    weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW's weight decay")
-    beta1: float = knob(0.9, "base actor critic rlhf", "AdamW's first moment decay")
-    beta2: float = knob(0.95, "base actor critic rlhf", "AdamW's second moment decay")
-    grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of a gradient")
-    lr_floor: float = knob(0.1, "base actor critic rlhf", "share of the peak rate at the end")
-    warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps spent warming up")
-    resume: bool = knob(True, "base actor critic rlhf", "go on where a stopped run was")
-    checkpoint_every: int = knob(25, "base actor critic rlhf", "steps between two checkpoints")
-    # 0_download
-    base_model: str = knob("auto", "base", "auto, tiny, a hub name or a local folder")
-    fallback: bool = knob(True, "base", "a model that will not load: take tiny (else: an error)")
-    vocab_size: int = knob(1280, "base", "tiny: tokens of the tokenizer at most")
-    hidden_size: int = knob(128, "base", "tiny: width")
-    layers: int = knob(2, "base", "tiny: layers")
-    heads: int = knob(4, "base", "tiny: attention heads")
-    init_std: float = knob(0.06, "base", "tiny: scale of the random weights; decides all (see 0)")
-    pretrain_documents: int = knob(50_000, "base", "tiny: documents of pretraining text")
-    pretrain_steps: int = knob(1_000, "base", "tiny: steps of pretraining")
-    pretrain_batch: int = knob(16, "base", "tiny: blocks a step")
-    pretrain_length: int = knob(128, "base", "tiny: tokens a block, and of the longest text")
-    pretrain_lr: float = knob(4e-3, "base", "tiny: peak learning rate")
-    # 1_actor
-    actor_lr: float = knob(1e-3, "actor", "peak learning rate")
-    actor_batch: int = knob(32, "actor", "rows a step")
-    actor_epochs: int = knob(1, "actor", "passes over the rows")
-    # 2_critic
-    critic_lr: float = knob(5e-4, "critic", "peak learning rate")
-    critic_batch: int = knob(16, "critic", "pairs a step")
-    critic_epochs: int = knob(1, "critic", "passes over the pairs")
-    score_penalty: float = knob(0.001, "critic", "price of large scores: keeps them near zero")
-    norm_prompts: int = knob(64, "critic", "prompts whose answers set the scale of the scores")
-    norm_answers: int = knob(4, "critic", "answers to each of them")
-    # 3_rlhf
-    steps: int = knob(24, "rlhf", "rollouts")
-    rollout: int = knob(96, "rlhf", "prompts a rollout")
-    ppo_epochs: int = knob(2, "rlhf", "passes over each rollout")
-    minibatch: int = knob(48, "rlhf", "answers an update")
-    policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
-    value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
-    temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
-    kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
-    kl_target: float = knob(0.0, "rlhf", "KL per answer that kl_coef aims at; 0: it stays fixed")
-    kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
-    gamma: float = knob(1.0, "rlhf", "discount of later rewards")
-    lam: float = knob(1.0, "rlhf", "GAE's lambda: 1 trusts the reward, 0 trusts the values")
-    clip_ratio: float = knob(0.2, "rlhf", "how far the ratio may move before its gradient stops")
-    value_clip: float = knob(0.2, "rlhf", "how far a value may move before its gradient stops")
-    value_coef: float = knob(1.0, "rlhf", "weight of the value loss")
-    entropy_coef: float = knob(0.0, "rlhf", "bonus for staying undecided")
-    whiten: bool = knob(True, "rlhf", "advantages with mean 0 and deviation 1")
-    reward_clip: float = knob(4.0, "rlhf", "scores are cut to plus or minus this")
-    missing_eos_penalty: float = knob(3.0, "rlhf", "taken off the score of an answer without eos")
-    stop_kl: float = knob(0.1, "rlhf", "KL to the rollout at which the epochs on it end; 0: never")
-    sample_every: int = knob(5, "rlhf", "steps between two looks at the same fixed prompts")
-    # 4_test
-    test_rows: int = knob(1_000, "test", "rows of eval.json to answer, at most")
-
-    presets = PRESETS
-    may_be_zero = frozenset({"seed", "validation_rows"})
-
-    @classmethod
-    def of(cls, preset="auto", root=".", **values):
-        """A Config for a notebook: preset auto is what suits the base model of 0_download."""
-        base = Path(root) / "model" / "base" / "stage.json"
-        if preset == "auto" and base.exists():
-            record = read_record(root, "base")
-            given = record["config"]["preset"]
-            preset = record["metrics"]["preset"] if given == "auto" else given
-        return cls(preset, root=root, **values)
-
-    def check(self):
-        """Raises on what cannot work, with the numbers in the message."""
-        shares = self.sft_share, self.preference_share, self.prompt_share
-        for name, fine, rule in (
-            ("sft_share", min(shares) >= 0 and sum(shares) <= 1.0001, "shares add up to at most 1"),
-            ("minibatch", 1 <= self.minibatch <= self.rollout, "between 1 and rollout"),
-            ("hidden_size", self.hidden_size % self.heads == 0, "a multiple of heads"),
-            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
-            ("lam", 0 <= self.lam <= 1, "between 0 and 1"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("warmup", 0 <= self.warmup < 1, "at least 0, below 1"),
-            ("norm_answers", self.norm_answers >= 2, "at least 2: a spread needs two answers"),
-        ):
-            if not fine:
-                raise CourseError(f"{name} = {getattr(self, name)!r} is impossible: {rule}.")
+# 1. Device and luck
 
 
 def pick_device(cfg):
-    cuda = torch.cuda.is_available()
-    return torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
+    """The first GPU or the CPU for "auto"; otherwise what was asked for, if it is there."""
+    return find_device(cfg.device)
 
 
 def dice(cfg, *purpose):
@@ -202,7 +82,12 @@ def load_rows(cfg, share, needs=("prompt",)):
 
 
 def load_eval_rows(cfg):
-    return read_rows(Path(cfg.root) / "dataset" / "eval.json")[: cfg.test_rows]
+    """The first rows of eval.json, after making sure that no training has seen one of them."""
+    path, train = (Path(cfg.root) / "dataset" / name for name in ("eval.json", "train.json"))
+    rows = read_rows(path)
+    if train.exists():
+        apart(read_rows(train), rows, path)
+    return rows[: cfg.test_rows]
 
 
 def batches(count, size, generator):
@@ -238,7 +123,8 @@ def train_tokenizer(texts, vocab_size):
 
 def load_tokenizer(path):
     """A tokenizer from a folder or the hub. One without padding pads with its eos: masks tell."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise CourseError(f"The tokenizer in {path} has no eos token, so no answer could end.")
     if tokenizer.pad_token_id is None:
@@ -336,7 +222,16 @@ SAFE = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
 
 def load_actor(path, cfg):
     """A causal language model in float32: half precision would lose small updates."""
-    return AutoModelForCausalLM.from_pretrained(path, **SAFE).to(pick_device(cfg)).eval()
+    return load(AutoModelForCausalLM, path, cfg)
+
+
+def load(kind, path, cfg, may_lack="", **extra):
+    """A model with all its weights: one that is not in the file would be random, without a word."""
+    with loading(path):
+        model, found = kind.from_pretrained(path, output_loading_info=True, **SAFE, **extra)
+    if lost := [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]:
+        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
+    return model.to(pick_device(cfg)).eval()
 
 
 def load_scorer(path, cfg):
@@ -344,12 +239,14 @@ def load_scorer(path, cfg):
 
     A language model gets its new head set to zero, so that every score starts out equal.
     """
-    shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with loading(path):
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
     fresh = not any("SequenceClassification" in name for name in shape.architectures or [])
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **SAFE)
+    kind, head = AutoModelForSequenceClassification, "score" if fresh else ""
+    model = load(kind, path, cfg, may_lack=head, num_labels=1)
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
-    return model.to(pick_device(cfg)).eval()
+    return model
 
 
 def positions(mask):
@@ -429,12 +326,11 @@ def generate(
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
-    source = generator.device if generator else "cpu"  # the same luck on every machine
+    luck = lots(B, max_new_tokens, generator, device)
     feed, mask, cache = prompt_ids, prompt_mask, DynamicCache(config=model.config)
     for t in range(max_new_tokens):
         out = call(model, feed, mask, use_cache=True, past_key_values=cache, logits_to_keep=1)
-        luck = torch.rand(B, generator=generator, device=source, dtype=torch.float64).to(device)
-        token, logprob = pick(out.logits[:, -1].float(), luck[live], temperature, top_k, top_p)
+        token, logprob = pick(out.logits[:, -1].float(), luck[live, t], temperature, top_k, top_p)
         ids[live, t], logprobs[live, t] = token, logprob
         lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
         running = lengths[live] > t + 1
@@ -450,6 +346,16 @@ def generate(
     response_mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)
     response_ids = ids[:, :R].masked_fill(~response_mask, pad_token_id)
     return response_ids, response_mask, logprobs[:, :R] * response_mask
+
+
+def lots(B, R, generator, device):
+    """Numbers in [0, 1), (B, R), drawn where the generator lives: the same luck on every machine.
+
+    A row's luck does not depend on the rows beside it, so a batch may be cut anywhere.
+    """
+    source = generator.device if generator else "cpu"
+    luck = torch.rand(B, R, generator=generator, device=source, dtype=torch.float64)
+    return luck.to(device)
 
 
 def pick(logits, luck, temperature, top_k, top_p):
@@ -670,15 +576,16 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts, responses):
         device, scores = self.model.device, []
-        for rows in chunks(len(prompts), self.cfg.eval_batch):
+        for rows in chunks(range(len(prompts)), self.cfg.eval_batch):
             texts = [prompts[i] for i in rows], [responses[i] for i in rows]
             tokens = encode_pairs(self.tokenizer, *texts, self.cfg, device)
             scores += answer_scores(self.model, *tokens).tolist()
         return [(score - self.mean) / self.std for score in scores]
 
 
-def chunks(count, size):
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+def chunks(rows, size):
+    """A list, a tensor or a range in slices."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 @dataclass
@@ -715,13 +622,13 @@ class Rollout:
         """KL to the reference per answer, (B,)."""
         return kl_estimate(self.logprobs, self.ref_logprobs).sum(1)
 
-    def part(self, rows):
+    def part(self, rows, device):
         """The rows of one minibatch, without the columns that only they do not need."""
-        prompt_ids, prompt_mask, response_ids, mask = (x[rows] for x in self.tokens)
+        prompt_ids, prompt_mask, response_ids, mask = (x[rows].to(device) for x in self.tokens)
         P, R = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
         tokens = prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], mask[:, :R]
         names = ("logprobs", "values", "advantages", "returns")
-        return tokens, {name: getattr(self, name)[rows, :R] for name in names}
+        return tokens, {name: getattr(self, name)[rows, :R].to(device) for name in names}
 
 
 def token_rewards(scores, kl, mask, kl_coef):
@@ -731,24 +638,57 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 
 @torch.no_grad()
-def collect(crew, prompts, cfg, *, kl_coef, generator):
-    """Answers to some prompts, scored, and priced by their distance from the reference."""
+def collect(crew, prompts, cfg, *, kl_coef, generator, size=None):
+    """Answers to some prompts, scored, and priced by their distance from the reference.
+
+    `size` rows go through the models at once: all of them, unless that needs too much memory.
+    """
     prompt = encode_prompts(crew.tokenizer, prompts, cfg, crew.policy.device)
-    response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
-    tokens = (*prompt, response_ids, mask)
-    responses = decode(crew.tokenizer, response_ids, mask)
-    scores = torch.tensor(crew.reward(prompts, responses), dtype=torch.float32).to(mask.device)
-    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip)
-    scores -= cfg.missing_eos_penalty * ~ended(response_ids, mask, crew.tokenizer.eos_token_id)
-    ref_logprobs, _ = response_logprobs(crew.reference, *tokens, temperature=cfg.temperature)
-    values = answer_values(crew.value_model, *tokens)
+    index = chunks(range(len(prompts)), size or len(prompts))
+    pieces = [answer_and_score(crew, prompts, prompt, rows, cfg, generator) for rows in index]
+    texts, *columns = zip(*pieces)
+    ids, mask, logprobs, ref_logprobs, values, scores = map(stack, columns)
     rewards = token_rewards(scores, kl_estimate(logprobs, ref_logprobs), mask, kl_coef)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
     if cfg.whiten:
         advantages = masked_whiten(advantages, mask)
+    tokens = (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask)
     return Rollout(
-        prompts, responses, tokens, logprobs, ref_logprobs, values, scores, advantages, returns
+        prompts, sum(texts, []), tokens, logprobs, ref_logprobs, values, scores, advantages, returns
     )
+
+
+def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
+    """Texts of the answers to some rows, and all that the models say about them."""
+    prompt, prompts = [x[rows.start : rows.stop] for x in prompt], [prompts[i] for i in rows]
+    response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
+    tokens = (*prompt, response_ids, mask)
+    responses = decode(crew.tokenizer, response_ids, mask)
+    scores = ask(crew.reward, prompts, responses).to(mask.device)
+    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip)
+    scores -= cfg.missing_eos_penalty * ~ended(response_ids, mask, crew.tokenizer.eos_token_id)
+    ref_logprobs, _ = response_logprobs(crew.reference, *tokens, temperature=cfg.temperature)
+    values = answer_values(crew.value_model, *tokens)
+    return responses, response_ids, mask, logprobs, ref_logprobs, values, scores
+
+
+def stack(pieces):
+    """Pieces of a batch below each other, (b, R) with R of their own or (b,): zeros right."""
+    if pieces[0].dim() == 1:
+        return torch.cat(pieces)
+    R = max(piece.shape[1] for piece in pieces)
+    return torch.cat([F.pad(piece, (0, R - piece.shape[1])) for piece in pieces])
+
+
+def ask(reward, prompts, responses):
+    """The reward of each answer, (B,). A reward that is no number would spoil every weight."""
+    scores = torch.tensor([float(score) for score in reward(prompts, responses)])
+    if len(scores) != len(prompts) or not scores.isfinite().all():
+        raise CourseError(
+            f"The reward must give a finite number for each of {len(prompts)} answers; it gave "
+            f"{len(scores)}, of which {int(scores.isfinite().sum())} are finite."
+        )
+    return scores
 
 
 def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperature=None):
@@ -769,14 +709,20 @@ def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperatur
 # 10. Optimisation
 
 
-class Optimiser:
-    """AdamW with warm-up, decay and gradient clipping for one or more models."""
+class Optimiser(Sturdy):
+    """AdamW with warm-up, decay and gradient clipping for one or more models.
 
-    def __init__(self, cfg, rates, steps):
-        """`rates`: (model, peak learning rate) pairs."""
-        self.cfg, self.steps, self.models = cfg, max(steps, 1), [model for model, _ in rates]
+    `state` holds the few numbers, besides weights and moments, that a stopped run needs again.
+    """
+
+    def __init__(self, cfg, rates, steps, *, batch, frozen=(), say=print):
+        """`rates`: (model, peak learning rate) pairs; `batch`: rows of an update."""
+        super().__init__(cfg, [model for model, _ in rates], frozen, say)
+        self.steps = max(steps, 1)
         self.parameters = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
         self.peaks = [rate for _, rate in rates]
+        self.sizes |= {"micro_batch": cfg.micro_batch or batch}
+        self.state |= self.sizes
         self.adamw = torch.optim.AdamW(
             [{"params": group} for group in self.parameters],
             betas=(cfg.beta1, cfg.beta2),
@@ -784,27 +730,48 @@ class Optimiser:
             fused=True,
         )
 
-    def step(self, loss, progress):
-        """One update at `progress`, the number of steps before it."""
+    def step(self, rows, loss_of, progress):
+        """One update from the loss of `rows`, at `progress`, the number of steps before it.
+
+        `loss_of(rows)` gives a mean loss, the number of tokens or rows it is a mean of, and stats.
+        """
+        stats = self.fit(lambda size: self.gradient(rows, loss_of, size), "micro_batch")
         ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
         scale = ramp * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
         for group, peak in zip(self.adamw.param_groups, self.peaks):
             group["lr"] = peak * scale
-        loss.backward()
         clip = torch.nn.utils.clip_grad_norm_
-        norms = [clip(group, self.cfg.grad_clip) for group in self.parameters]
-        self.adamw.step()
+        norms = [float(clip(group, self.cfg.grad_clip)) for group in self.parameters]
+        if all(map(math.isfinite, [stats["loss"], *norms])):
+            self.adamw.step()
+            self.state["in_a_row"] = 0
+        else:
+            self.skip(int(progress) + 1)
         self.adamw.zero_grad()
-        return {"grad_norm": float(norms[0]), "lr": self.peaks[0] * scale}
+        figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
+        return stats | figures | {"skipped": self.state["skipped"]}
+
+    def gradient(self, rows, loss_of, size):
+        """Backward, `size` rows at once: pieces weighted by their size make the same gradient."""
+        self.adamw.zero_grad()
+        parts, total = [], 0
+        for piece in chunks(rows, size):
+            loss, weight, stats = loss_of(piece)
+            (loss * weight).backward()
+            parts.append((weight, stats | {"loss": loss.detach()}))
+            total += weight
+        for parameter in (p for group in self.parameters for p in group if p.grad is not None):
+            parameter.grad /= total
+        return {name: sum(w * s[name].item() for w, s in parts) / total for name in parts[0][1]}
 
 
-def next_kl_coef(kl_coef, kl, answers, cfg):
+def next_kl_coef(kl_coef, kl, cfg):
     """Ziegler's controller: KL above its target raises the price, below lowers it, 20 % at most."""
     if not cfg.kl_target:
         return kl_coef
     error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
-    return kl_coef * (1 + error * answers / cfg.kl_horizon)
+    return kl_coef * (1 + error * cfg.rollout / cfg.kl_horizon)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -815,8 +782,8 @@ def open_stage(cfg, name, inputs=(), data="train.json"):
     """The folder that a stage fills; it appears in model/ when it is whole."""
     torch.manual_seed(cfg.seed)  # for the dropout of models that have some
     data = [Path(cfg.root) / "dataset" / data]
-    keep = {"resume": cfg.resume, "every": cfg.checkpoint_every}
-    return Stage(cfg.root, name, asdict(cfg), inputs, data, **keep)
+    goes_on = {"resume": cfg.resume, "resume_changed": cfg.resume_changed}
+    return Stage(cfg.root, name, asdict(cfg), inputs, data, every=cfg.checkpoint_every, **goes_on)
 
 
 def finish(stage, model, tokenizer, summary):
@@ -839,11 +806,10 @@ def choose_base(cfg):
     try:
         load_actor(name, cfg), load_tokenizer(name)
         return name, f"The base model is {name}."
-    except Exception as error:  # whatever a hub, a disk or a file format can do wrong
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except CourseError as error:
         if not cfg.fallback:
-            raise CourseError(f"base_model = {name!r} will not load: {reason}") from None
-        return "tiny", f"{name} will not load ({reason}), so {made}"
+            raise
+        return "tiny", f"{error} So {made}"
 
 
 def train_base(cfg):
@@ -865,15 +831,18 @@ def pretrain(cfg, stage):
     sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
     data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer).to(pick_device(cfg))
-    optimiser = Optimiser(cfg, [(model.train(), cfg.pretrain_lr)], cfg.pretrain_steps)
+    rates, size = [(model.train(), cfg.pretrain_lr)], cfg.pretrain_batch
+    optimiser = Optimiser(cfg, rates, cfg.pretrain_steps, batch=size, say=stage.say)
     yield from stage.past
+
+    def loss_of(rows):
+        return next_token_loss(model, data[rows].to(model.device)), len(rows), {}
+
     for step in stage.steps(cfg.pretrain_steps, optimiser):
         start = time.perf_counter()
-        luck = dice(cfg, "block", step)
-        ids = data[torch.randint(len(data), (cfg.pretrain_batch,), generator=luck)]
-        loss = next_token_loss(model, ids.to(model.device))
-        stats = {"step": step + 1, "steps": cfg.pretrain_steps, "loss": loss.item()}
-        stats |= optimiser.step(loss, step)
+        rows = torch.randint(len(data), (size,), generator=dice(cfg, "block", step)).tolist()
+        stats = {"step": step + 1, "steps": cfg.pretrain_steps}
+        stats |= optimiser.step(rows, loss_of, step)
         if step % 20 == 0 or step == cfg.pretrain_steps - 1:
             stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
         yield stage.log(stats | {"seconds": time.perf_counter() - start})
@@ -910,14 +879,16 @@ def train_actor(cfg):
         tokenizer, model = load_pair(cfg, "base")
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
         held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
+        note_texts(stage.say, tokenizer, rows, ["response"], cfg)
         plan = epochs(cfg, "sft", len(rows), cfg.actor_batch, cfg.actor_epochs)
-        optimiser = Optimiser(cfg, [(model, cfg.actor_lr)], len(plan))
+        rates, loss_of = [(model, cfg.actor_lr)], partial(sft_loss, model, tokenizer, cfg)
+        optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.actor_batch, say=stage.say)
         yield from stage.past
         for step in stage.steps(len(plan), optimiser):
             start = time.perf_counter()
-            loss = sft_loss(model.train(), tokenizer, [rows[i] for i in plan[step]], cfg)
-            metrics = {"step": step + 1, "steps": len(plan), "loss": loss.item()}
-            metrics |= optimiser.step(loss, step)
+            model.train()
+            metrics = {"step": step + 1, "steps": len(plan)}
+            metrics |= optimiser.step([rows[i] for i in plan[step]], loss_of, step)
             if held and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
                 metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
             yield stage.log(metrics | {"seconds": time.perf_counter() - start})
@@ -928,6 +899,10 @@ def load_pair(cfg, name):
     """Tokenizer and language model of a finished stage."""
     folder = artifact(cfg.root, name)
     tokenizer, model = load_tokenizer(folder), load_actor(folder, cfg)
+    embedded = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        problem = f"The tokenizer in model/{name} knows {len(tokenizer)} tokens, its model only"
+        raise CourseError(f"{problem} {embedded}: they do not belong together.")
     longest = cfg.max_prompt + cfg.max_new_tokens
     room = getattr(model.config, "max_position_embeddings", longest)
     if longest > room:
@@ -936,21 +911,19 @@ def load_pair(cfg, name):
     return tokenizer, model
 
 
-def sft_loss(model, tokenizer, rows, cfg):
-    """Minus the mean log-prob of the answers' tokens, eos included."""
+def sft_loss(model, tokenizer, cfg, rows):
+    """Minus the mean log-prob of the answers' tokens, eos included; and how many there are."""
     texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
     tokens = encode_pairs(tokenizer, *texts, cfg, model.device)
     logprobs, _ = response_logprobs(model, *tokens)
-    return -masked_mean(logprobs, tokens[3])
+    return -masked_mean(logprobs, tokens[3]), int(tokens[3].sum()), {}
 
 
 @torch.no_grad()
 def validation_loss(model, tokenizer, rows, cfg):
     model.eval()
-    parts = [[rows[i] for i in index] for index in chunks(len(rows), cfg.eval_batch)]
-    return sum(sft_loss(model, tokenizer, part, cfg).item() * len(part) for part in parts) / len(
-        rows
-    )
+    losses = [sft_loss(model, tokenizer, cfg, p)[:2] for p in chunks(rows, cfg.eval_batch)]
+    return sum(loss.item() * count for loss, count in losses) / sum(n for _, n in losses)
 
 
 def train_critic(cfg):
@@ -958,16 +931,16 @@ def train_critic(cfg):
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
         tokenizer, model = load_tokenizer(artifact(cfg.root, "actor")), critic_from_actor(cfg)
         rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+        note_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plan = epochs(cfg, "pairs", len(rows), cfg.critic_batch, cfg.critic_epochs)
-        optimiser = Optimiser(cfg, [(model, cfg.critic_lr)], len(plan))
+        rates, loss_of = [(model, cfg.critic_lr)], partial(critic_loss, model, tokenizer, cfg)
+        optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.critic_batch, say=stage.say)
         yield from stage.past
         for step in stage.steps(len(plan), optimiser):
             start = time.perf_counter()
-            scores = pair_scores(model.train(), tokenizer, [rows[i] for i in plan[step]], cfg)
-            loss, stats = pairwise_loss(*scores)
-            penalty = cfg.score_penalty * torch.cat(scores).square().mean()
-            stats = numbers(stats) | optimiser.step(loss + penalty, step)
-            metrics = {"step": step + 1, "steps": len(plan), "loss": loss.item(), **stats}
+            model.train()
+            metrics = {"step": step + 1, "steps": len(plan)}
+            metrics |= optimiser.step([rows[i] for i in plan[step]], loss_of, step)
             yield stage.log(metrics | {"seconds": time.perf_counter() - start})
         model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
         finish(stage, model.eval(), tokenizer, {"accuracy": metrics["accuracy"]})
@@ -976,6 +949,13 @@ def train_critic(cfg):
 def critic_from_actor(cfg):
     """The actor's body under a new head of zeros: it can read, it has no opinion yet."""
     return load_scorer(artifact(cfg.root, "actor"), cfg)
+
+
+def critic_loss(model, tokenizer, cfg, rows):
+    """Pairs put in order, at a small price for scores far from zero."""
+    scores = pair_scores(model, tokenizer, rows, cfg)
+    loss, stats = pairwise_loss(*scores)
+    return loss + cfg.score_penalty * torch.cat(scores).square().mean(), len(rows), stats
 
 
 def pair_scores(model, tokenizer, rows, cfg):
@@ -1000,14 +980,10 @@ def score_scale(model, cfg):
 
 def answer(model, tokenizer, prompts, cfg, generator, temperature=None):
     """Answers to many prompts, `eval_batch` at a time: the tokens of each batch."""
-    for index in chunks(len(prompts), cfg.eval_batch):
-        prompt = encode_prompts(tokenizer, [prompts[i] for i in index], cfg, model.device)
+    for part in chunks(prompts, cfg.eval_batch):
+        prompt = encode_prompts(tokenizer, part, cfg, model.device)
         out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
         yield *prompt, *out[:2]
-
-
-def numbers(stats):
-    return {name: value.item() for name, value in stats.items()}
 
 
 def value_from_critic(cfg):
@@ -1029,8 +1005,9 @@ def assemble(cfg, reward=None):
     return Crew(tokenizer, policy, reference, reward, value_from_critic(cfg))
 
 
-def ppo_loss(crew, tokens, old, cfg):
-    """Loss of one minibatch: policy, values and entropy together. `old` is what the rollout saw."""
+def ppo_loss(crew, rollout, cfg, rows):
+    """Loss of some rows: policy, values and entropy together. `old` is what the rollout saw."""
+    tokens, old = rollout.part(rows, crew.policy.device)
     mask = tokens[3]
     logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
     policy_loss, stats = ppo_policy_loss(
@@ -1047,23 +1024,22 @@ def ppo_loss(crew, tokens, old, cfg):
         "value_loss": value_loss,
         "entropy": entropy,
     }
-    return loss, numbers(stats)
+    return loss, int(mask.sum()), detached(stats)
 
 
 def improve(crew, optimiser, rollout, cfg, step):
     """Several epochs over one rollout, in minibatches. Yields the stats of each update."""
-    rows, updates = len(rollout.prompts), 0
+    rows, updates, loss_of = len(rollout.prompts), 0, partial(ppo_loss, crew, rollout, cfg)
     per_step = cfg.ppo_epochs * math.ceil(rows / cfg.minibatch)
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
         for index in order.split(cfg.minibatch):
-            loss, stats = ppo_loss(crew, *rollout.part(index), cfg)
+            stats = optimiser.step(index.tolist(), loss_of, step + updates / per_step)
             if updates == 0 and stats["ratio_error"] > 1e-3:
                 raise CourseError(
                     f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling "
                     "and scoring do not see the same distribution."
                 )
-            stats |= optimiser.step(loss, step + updates / per_step)
             updates += 1
             yield stats
         if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
@@ -1081,6 +1057,17 @@ def prompt_batch(cfg, prompts, step):
     return batch
 
 
+def roll_out(crew, optimiser, prompts, cfg, step):
+    """The rollout of one step, with as many rows at once as fit into memory."""
+    batch, kl_coef = prompt_batch(cfg, prompts, step), optimiser.state["kl_coef"]
+
+    def work(size):
+        luck = dice(cfg, "rollout", step)
+        return collect(crew, batch, cfg, kl_coef=kl_coef, generator=luck, size=size)
+
+    return optimiser.fit(work, "rollout_batch")
+
+
 def train_rlhf(cfg, reward=None):
     """PPO: answer, judge, price the distance from the actor, improve; again.
 
@@ -1088,33 +1075,47 @@ def train_rlhf(cfg, reward=None):
     """
     with open_stage(cfg, "rlhf", inputs=["actor", "critic"]) as stage:
         crew = assemble(cfg, reward)
-        prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
-        rates = [(crew.policy, cfg.policy_lr), (crew.value_model, cfg.value_lr)]
-        optimiser, state = Optimiser(cfg, rates, cfg.steps), {"kl_coef": cfg.kl_coef}
+        rows = load_rows(cfg, "prompt")
+        note_texts(stage.say, crew.tokenizer, rows, [], cfg)
+        prompts = [row["prompt"] for row in rows]
+        optimiser = crew_optimiser(crew, cfg, stage.say)
         yield from stage.past
-        for step in stage.steps(cfg.steps, optimiser, state):
-            start, batch = time.perf_counter(), prompt_batch(cfg, prompts, step)
-            luck = dice(cfg, "rollout", step)
-            rollout = collect(crew, batch, cfg, kl_coef=state["kl_coef"], generator=luck)
+        risen = alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
+        for step in stage.steps(cfg.steps, optimiser):
+            start = time.perf_counter()
+            rollout = roll_out(crew, optimiser, prompts, cfg, step)
             half = time.perf_counter()
             updates = list(improve(crew, optimiser, rollout, cfg, step))
-            metrics = {"step": step + 1, "steps": cfg.steps, **state}
+            metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": optimiser.state["kl_coef"]}
             metrics |= rollout_metrics(rollout, crew.tokenizer) | mean_of(updates)
             metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
-            stage.samples(rollout_samples(rollout, step + 1))
-            if step % cfg.sample_every == 0 or step == cfg.steps - 1:
-                fixed = look(crew, prompts[:4], cfg)
-                stage.samples({"step": step + 1, "fixed": True} | row for row in fixed)
+            stage.samples(samples_of(crew, rollout, prompts, cfg, step))
             yield stage.log(metrics)
-            state["kl_coef"] = next_kl_coef(state["kl_coef"], metrics["kl"], len(batch), cfg)
-        summary = {name: metrics[name] for name in ("reward", "kl", "length", "entropy")}
+            before, risen = risen, alerts(metrics, cfg.kl_limit)
+            stage.alert(before, risen, stop=cfg.stop_on_alert)
+            price = optimiser.state["kl_coef"]
+            optimiser.state["kl_coef"] = next_kl_coef(price, metrics["kl"], cfg)
+        summary = {name: metrics[name] for name in ("reward", "kl", "length", "entropy", "skipped")}
         finish(stage, crew.policy, crew.tokenizer, summary)
+
+
+def crew_optimiser(crew, cfg, say=print):
+    """What updates policy and value model; the rest of the crew only moves along."""
+    rates = [(crew.policy, cfg.policy_lr), (crew.value_model, cfg.value_lr)]
+    frozen = [
+        crew.reference,
+        *([crew.reward.model] if isinstance(crew.reward, RewardModel) else []),
+    ]
+    optimiser = Optimiser(cfg, rates, cfg.steps, batch=cfg.minibatch, frozen=frozen, say=say)
+    optimiser.state["kl_coef"] = cfg.kl_coef
+    return optimiser
 
 
 def mean_of(dicts):
     """The mean of each figure; of ratio_error the first, which ought to be 0."""
     means = {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}
-    return means | {"ratio_error": dicts[0]["ratio_error"], "updates": len(dicts)}
+    ends = {"ratio_error": dicts[0]["ratio_error"], "skipped": dicts[-1]["skipped"]}
+    return means | ends | {"updates": len(dicts)}
 
 
 def rollout_metrics(rollout, tokenizer):
@@ -1125,21 +1126,20 @@ def rollout_metrics(rollout, tokenizer):
         "kl": rollout.kl.mean().item(),
         "length": mask.sum(1).float().mean().item(),
         "eos": whole.float().mean().item(),
+        "empty": sum(not text for text in rollout.responses) / len(rollout.responses),
         "explained_variance": explained_variance(rollout.values, rollout.returns, mask).item(),
     }
 
 
-def rollout_samples(rollout, step, count=4):
-    """The first answers of a rollout, to be read."""
+def samples_of(crew, rollout, prompts, cfg, step, count=4):
+    """Answers to be read: the first of a rollout, now and then the favourites at fixed prompts."""
     columns = rollout.prompts, rollout.responses, rollout.scores.tolist(), rollout.kl.tolist()
     for prompt, response, score, kl in list(zip(*columns))[:count]:
-        row = {
-            "prompt": prompt,
-            "response": response,
-            "reward": round(score, 4),
-            "kl": round(kl, 4),
-        }
-        yield {"step": step, "fixed": False} | row
+        row = {"prompt": prompt, "response": response, "reward": score, "kl": kl}
+        yield {"step": step + 1, "fixed": False} | row
+    if step % cfg.sample_every == 0 or step == cfg.steps - 1:
+        for row in look(crew, prompts[:count], cfg):
+            yield {"step": step + 1, "fixed": True} | row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1166,7 +1166,7 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
             "response": texts,
-            "reward": crew.reward([row["prompt"] for row in part], texts),
+            "reward": ask(crew.reward, [row["prompt"] for row in part], texts).tolist(),
             "kl": kl_estimate(*logprobs).sum(1).tolist(),
             "length": tokens[3].sum(1).tolist(),
             "eos": ended(*tokens[2:], crew.tokenizer.eos_token_id).tolist(),
@@ -1175,26 +1175,19 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
             result = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
             result |= dict(zip(columns, values))
             truth = (row, result["response"], result["eos"])
-            results.append(result | {"judge": world.judge(*truth) if "truth" in row else None})
+            results.append(result | {"judge": world.judge(*truth) if world.knows(row) else None})
     return results
 
 
 @torch.no_grad()
 def judge_critic(critic, tokenizer, rows, cfg):
     """The reward model on held-out pairs: both scores of each, and the kind."""
-    rows, results = [r for r in rows if r.get("chosen") and r.get("rejected")], []
+    rows, results = with_pairs(rows), []
     if not rows:
         raise CourseError("eval.json has no row with chosen and rejected to measure the critic on.")
-    for index in chunks(len(rows), cfg.eval_batch):
-        part = [rows[i] for i in index]
+    for part in chunks(rows, cfg.eval_batch):
         scores = zip(part, *(s.tolist() for s in pair_scores(critic.eval(), tokenizer, part, cfg)))
-        results += [
-            {
-                "kind": row.get("kind", "all"),
-                "flaw": row.get("flaw", "not said"),
-                "chosen": chosen,
-                "rejected": rejected,
-            }
-            for row, chosen, rejected in scores
-        ]
+        for row, chosen, rejected in scores:
+            known = {"kind": row.get("kind", "all"), "flaw": row.get("flaw", "not said")}
+            results.append(known | {"chosen": chosen, "rejected": rejected})
     return results

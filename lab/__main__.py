@@ -13,7 +13,8 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from lab.runs import NOTEBOOKS, CourseError
+from lab import CourseError
+from lab.runs import NOTEBOOKS
 
 HOME = Path(__file__).resolve().parent.parent  # the notebooks lie here, wherever one stands
 STAGES = {  # subcommand: its folder in model/, its name in the metadata of Config

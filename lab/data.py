@@ -1,61 +1,148 @@
 """Data in: JSON or JSON lines from anywhere, one row format out."""
 
+import difflib
 import json
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
-from lab.runs import CourseError
+from lab import CourseError
 
-FIELDS = ("prompt", "response", "chosen", "rejected")
+LAYOUT = ": a file holds one JSON object a line, or one JSON list of objects."
+NUL = "there are NUL characters", ": remove them, or save the file as UTF-8."
+
+
+class Trouble(NamedTuple):
+    """What stands where a good row should, what to do, and on which line of its text."""
+
+    what: str
+    remedy: str
+    line: int | None = None
 
 
 def read_rows(path, needs=("prompt",)):
-    """The rows of a file, each a dict with at least the fields `needs`.
+    """The rows of a file, each a dict with at least the texts `needs`, none of them empty.
 
     One JSON object a line, or one JSON list. A prompt without the dialogue frame gets it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CourseError(f"{path} is not there: `python -m lab world` writes the embedded data.")
+    path, rows, troubles, needs = Path(path), [], {}, dict.fromkeys(("prompt", *needs))
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise CourseError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
-    rows = parse_list(path, text) if text.lstrip().startswith("[") else parse_lines(path, text)
+        for place, row in entries(path):
+            trouble = row if isinstance(row, Trouble) else trouble_of(row, needs)
+            if trouble:
+                troubles.setdefault(trouble.what, []).append((place, trouble.remedy))
+            else:
+                rows.append(row)
+                row["prompt"] = framed(row["prompt"])
+    except FileNotFoundError:
+        message = f"{path} is not there: `python -m lab world` writes the embedded data."
+        raise CourseError(message) from None
+    except OSError as error:
+        message = f"{path} cannot be read ({error.strerror}): it must be a file you may read."
+        raise CourseError(message) from None
+    for what, ((place, remedy), *more) in troubles.items():
+        first = f" (the first of {len(more) + 1})" if more else ""
+        raise CourseError(f"{path}, {place}{first}: {what}{remedy}")
     if not rows:
-        raise CourseError(f"{path} holds no rows.")
-    for line, row in rows:
-        if not isinstance(row, dict):
-            raise CourseError(f"{path}, line {line}: a row must be an object with a prompt.")
-        for name in needs:
-            if not isinstance(row.get(name), str):
-                raise CourseError(f"{path}, line {line}: the field {name!r} must be a text.")
-    return [{**row, "prompt": framed(row["prompt"])} for _, row in rows]
-
-
-def parse_lines(path, text):
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append((number, parse(path, number, line)))
+        raise CourseError(f"{path} holds no rows{LAYOUT}")
     return rows
 
 
-def parse_list(path, text):
-    rows = parse(path, 1, text, kind=list)
-    return [(number, row) for number, row in enumerate(rows, 1)]
+def entries(path):
+    """(place, row) for every row of a file; where one cannot be read, a Trouble in its stead."""
+    decode, layout = json.JSONDecoder(parse_constant=no_constant).decode, ""
+    # Bytes that are no UTF-8 come as surrogates, which `parsed` finds: so their line is known.
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            line = line.lstrip("\ufeff")
+            layout = layout or line.lstrip()[:1]
+            if layout == "[":
+                found = parsed(decode, line + file.read())
+                if isinstance(found, Trouble):
+                    known = f"line {number + (found.line or 0) - 1}"
+                    yield known if found.line else "somewhere in the list", found
+                else:
+                    yield from ((f"row {i}", row) for i, row in enumerate(found, 1))
+            elif line.strip():
+                yield f"line {number}", parsed(decode, line)
 
 
-def parse(path, number, text, kind=dict):
+def no_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def parsed(decode, text):
+    """The value that a text of JSON holds, or a Trouble."""
     try:
-        value = json.loads(text)
+        text.encode()
+        return decode(text)
+    except UnicodeEncodeError as error:
+        wide = text.startswith(("\udcff\udcfe", "\udcfe\udcff"))
+        what = "this is UTF-16 text" if wide else "this is not UTF-8 text"
+        line = text.count("\n", 0, error.start) + 1
+        return Trouble(what, ": save the file as UTF-8.", line)
     except json.JSONDecodeError as error:
-        raise CourseError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
-    if not isinstance(value, kind):
-        raise CourseError(f"{path}, line {number}: a row must be an object with a prompt.")
-    return value
+        if "\0" in text:
+            return Trouble(*NUL, text.count("\n", 0, text.index("\0")) + 1)
+        reason = f" ({error.msg}: column {error.colno})"
+        return Trouble("this is not valid JSON", reason + LAYOUT, error.lineno)
+    except RecursionError:
+        return Trouble("brackets are nested too deeply", ": a row is one flat object.")
+    except ValueError as error:  # from `no_constant`, or more digits than Python takes
+        what = "a number is too long" if "digits" in str(error) else str(error)
+        return Trouble(what, ": write null, or a text in quotes.")
+
+
+def trouble_of(row, needs):
+    """What keeps a row from being used; None if nothing does."""
+    if not isinstance(row, dict):
+        return Trouble("a row must be an object", ' like {"prompt": "..."}.')
+    texts = "".join([*row, *(value for value in row.values() if isinstance(value, str))])
+    if "\0" in texts:
+        return Trouble(*NUL)
+    try:
+        texts.encode()
+    except UnicodeEncodeError:
+        return Trouble("half a character, like \\ud800", ": remove it, no tokenizer takes it.")
+    for name in needs:
+        if name not in row:
+            near = difflib.get_close_matches(name, row, n=1)
+            there = textwrap.shorten(", ".join(row), 80, placeholder=" ..") or "none"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {there}."
+            return Trouble(f"the field {name!r} is missing", hint)
+        if not isinstance(row[name], str):
+            return Trouble(f"the field {name!r} must be a text", ': write it as "...".')
+        if not row[name].strip():
+            return Trouble(f"the field {name!r} is empty", ": fill it, or remove such rows.")
+    if {"chosen", "rejected"} <= needs.keys() and row["chosen"].strip() == row["rejected"].strip():
+        return Trouble("chosen and rejected are equal", ": remove such rows, they teach nothing.")
+    return None
 
 
 def framed(prompt):
     """The course's dialogue frame, unless the prompt has one already."""
     prompt = prompt.strip()
     return prompt if prompt.endswith("Assistant:") else f"Human: {prompt} Assistant:"
+
+
+def repeated(rows):
+    """How many rows are exact copies of an earlier one."""
+    return len(rows) - len({json.dumps(row, sort_keys=True) for row in rows})
+
+
+def apart(train, evals, path):
+    """Raises if a prompt of the evaluation, read from `path`, is also one of the training."""
+    known = {row["prompt"] for row in train}
+    both = [number for number, row in enumerate(evals, 1) if row["prompt"] in known]
+    if both:
+        raise CourseError(
+            f"{path}, row {both[0]} (the first of {len(both)}): this prompt is also in the "
+            "training rows: remove it from one of the two, a test on trained rows proves nothing."
+        )
+
+
+def with_pairs(rows):
+    """The rows that hold both answers of a pair."""
+    pairs = [(row.get("chosen"), row.get("rejected")) for row in rows]
+    fine = [all(isinstance(text, str) and text.strip() for text in pair) for pair in pairs]
+    return [row for row, keep in zip(rows, fine) if keep]

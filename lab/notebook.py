@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lab import report
 from lab.runs import artifact, read_record, versions
-from lab.world import judge
+from lab.world import judge, knows
 
 pd.options.display.max_colwidth = None
 
@@ -114,7 +114,7 @@ def make_up(train, evals):
     """What the data is made of, as far as its judge can tell."""
     table = {}
     for name, rows in (("train", train), ("eval", evals)):
-        judged = [row for row in rows[:2000] if "truth" in row]
+        judged = [row for row in rows[:2000] if knows(row)]
         column = {"rows": len(rows), "words of a prompt (median)": median_words(rows)}
         kinds = pd.Series([row.get("kind", "all") for row in rows]).value_counts(normalize=True)
         column |= {f"share of {kind}": f"{share:.0%}" for kind, share in sorted(kinds.items())}

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -16,6 +17,9 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from lab import CourseError
+from lab.trouble import explained
+
 NOTEBOOKS = {
     "base": "0_download.ipynb",
     "actor": "1_actor.ipynb",
@@ -23,13 +27,6 @@ NOTEBOOKS = {
     "rlhf": "3_rlhf.ipynb",
     "report": "4_test.ipynb",
 }
-
-
-class CourseError(Exception):
-    """Something the person in front of the screen can mend: one sentence, no traceback."""
-
-    def _render_traceback_(self):  # what Jupyter shows in place of a traceback
-        return [f"{type(self).__name__}: {self}"]
 
 
 def digest(*paths):
@@ -67,15 +64,36 @@ def recover(root, name):
 
 
 def read_record(root, name):
+    """The stage.json of a finished stage."""
     recover(root, name)
     path = Path(root) / "model" / name / "stage.json"
+    if not path.parent.exists():
+        raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.")
+    if foreign(path.parent):
+        raise CourseError(f"model/{name} was not made by this course: {MOVE.format(name)}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"id": record["id"], "files": record["files"], "inputs": record["inputs"], **record}
-    except FileNotFoundError:
-        raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        stage, *_ = (record[key] for key in ("stage", "id", "files", "inputs", "config", "metrics"))
+    except (OSError, ValueError, KeyError, TypeError):
         raise CourseError(f"{path} cannot be read: run {NOTEBOOKS[name]} again.") from None
+    if stage != name:
+        raise CourseError(
+            f"model/{name} holds the result of {NOTEBOOKS[stage]}: {MOVE.format(name)}"
+        )
+    return record
+
+
+MOVE = (
+    "move model/{0} elsewhere and run the notebook that makes it. (A model of your own comes in as "
+    "the parameter base_model of 0_download.ipynb.)"
+)
+
+
+def foreign(folder):
+    """Something lies there that no stage of the course wrote."""
+    if folder.is_dir():
+        return any(folder.iterdir()) and not (folder / "stage.json").exists()
+    return folder.exists()
 
 
 def file_size(path):
@@ -106,7 +124,18 @@ class Stage:
     same parameters goes on from the last checkpoint. The lock of a dead process holds nobody up.
     """
 
-    def __init__(self, root, name, config, inputs=(), data=(), *, resume=True, every=100):
+    def __init__(
+        self,
+        root,
+        name,
+        config,
+        inputs=(),
+        data=(),
+        *,
+        resume=True,
+        resume_changed=False,
+        every=100,
+    ):
         self.root, self.name, self.config, self.every = Path(root), name, config, every
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
         for source in inputs:
@@ -116,9 +145,20 @@ class Stage:
         self.folder = self.target.with_name(f".{name}.partial")
         self.kept = self.target.with_name(f".{name}.checkpoints")
         self.lock = FileLock(self.target.with_name(f".{name}.lock"))
-        self.resume, self.past, self.summary = resume, [], {}
+        self.resume, self.resume_changed = resume, resume_changed
+        self.past, self.notes, self.summary = [], [], {}
 
     def __enter__(self):
+        try:
+            self.open()
+        except OSError as error:
+            self.fail(error)
+            raise
+        self.started = time.perf_counter()
+        return self
+
+    def open(self):
+        """Takes the lock; finds the last checkpoint, or makes room for a run from the start."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire(timeout=0)
@@ -127,29 +167,41 @@ class Stage:
                 f"Another run is writing model/{self.name}: wait until it is done, or stop it."
             ) from None
         try:
+            recover(self.root, self.name)
+            if foreign(self.target):
+                raise CourseError(
+                    f"model/{self.name} was not made by this course, and would be lost: "
+                    f"{MOVE.format(self.name)}"
+                )
             self.checkpoint = self.last_checkpoint() if self.resume else None
-        except CourseError:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.kept, ignore_errors=True)
+            self.folder.mkdir(exist_ok=True)
+        except BaseException:
             self.lock.release()
             raise
-        if self.checkpoint is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            shutil.rmtree(self.kept, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
-        self.started = time.perf_counter()
-        return self
+
+    def say(self, sentence):
+        """Tells whoever watches, and stage.json."""
+        print(f"{self.name}: {sentence}", flush=True)
+        self.notes.append(sentence)
 
     def plan(self):
         """What must be the same for a stopped run to go on."""
-        config = {k: v for k, v in self.config.items() if k not in ("resume", "checkpoint_every")}
+        config = {k: v for k, v in self.config.items() if k not in FREE}
         return {"parameter": config, "input": self.inputs, "file": self.data}
 
     def last_checkpoint(self):
-        """The newest checkpoint of a stopped run, its files cut back to that moment; or None."""
-        for folder in sorted(self.kept.glob("step-*"), reverse=True):
-            note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
-            if any((file_size(self.folder / f) or 0) < size for f, size in note["sizes"].items()):
+        """The newest whole checkpoint of a stopped run, its files cut back to then; or None."""
+        found = sorted(self.kept.glob("step-*"), reverse=True)
+        for folder in found:
+            note = self.whole(folder)
+            if note is None:
                 continue
-            self.compare(note["plan"])
+            if folder != found[0]:
+                self.say(f"{found[0].name} is damaged; {folder.name} is whole and is taken.")
+            self.compare(note)
             for name, size in note["sizes"].items():
                 os.truncate(self.folder / name, size)
             for path in self.folder.iterdir():
@@ -158,29 +210,43 @@ class Stage:
             text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
             self.past = [json.loads(line) for line in text.splitlines()]
             return folder
+        if found:
+            self.say("the checkpoints of a stopped run are damaged; starting afresh.")
         return None
 
-    def compare(self, plan):
+    def whole(self, folder):
+        """The note of a checkpoint; None if a file of it, or one it counts on, is cut short."""
+        try:
+            note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
+            parts = {folder / name: size for name, size in note["parts"].items()}
+            fine = all(file_size(path) == size for path, size in parts.items())
+            logs = {self.folder / name: size for name, size in note["sizes"].items()}
+            fine &= all((file_size(path) or 0) >= size for path, size in logs.items())
+            return note if fine and {"step", "state", "notes", "plan"} <= set(note) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def compare(self, note):
         """A changed run never goes on silently: what changed is named."""
         for kind, now in self.plan().items():
-            for name in sorted({*now, *plan[kind]}):
-                was, new = plan[kind].get(name), now.get(name)
+            for name in sorted({*now, *note["plan"][kind]}):
+                was, new = note["plan"][kind].get(name), now.get(name)
                 if was != new:
                     change = f" from {was!r} to {new!r}" if kind == "parameter" else ""
-                    raise CourseError(
-                        f"A run for model/{self.name} was stopped at step {self.stopped_at()}, and "
-                        f"the {kind} {name} has changed{change} since. Change it back to go on, or "
-                        "set resume = False to start afresh."
-                    )
+                    change = f"the {kind} {name} has changed{change}"
+                    if not self.resume_changed:
+                        raise CourseError(
+                            f"A run for model/{self.name} was stopped at step {note['step']}, and "
+                            f"{change} since. Change it back to go on, set resume_changed = True "
+                            "to go on all the same, or resume = False to start afresh."
+                        )
+                    self.say(f"going on although {change} since step {note['step']}.")
 
-    def stopped_at(self):
-        return max(int(folder.name.split("-")[1]) for folder in self.kept.glob("step-*"))
-
-    def steps(self, total, optimiser, state=None):
+    def steps(self, total, optimiser):
         """The numbers of the steps that are left; a checkpoint now and then, and on a stop.
 
-        What survives: `optimiser.models`, `optimiser.adamw`, the dict `state`, every random state,
-        and what was logged. All else has to follow from the number of the step.
+        What survives: `optimiser.models`, `.adamw` and the dict `.state`, every random state, and
+        what was logged. All else has to follow from the number of the step.
         """
         from accelerate import Accelerator
 
@@ -191,18 +257,36 @@ class Stage:
         for part in (*optimiser.models, optimiser.adamw):
             accelerator.prepare(part)
         if self.checkpoint:
-            accelerator.load_state(self.checkpoint)
-            note = json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
-            first = note["step"]
-            (state if state is not None else {}).update(note["state"])
-            print(f"{self.name}: going on after step {first} of {total}, where a run was stopped.")
+            note = self.load(accelerator)
+            optimiser.state.update(note["state"])
+            first, self.notes = note["step"], note["notes"] + self.notes
+            self.say(f"going on after step {first} of {total}, where a run was stopped.")
         with Stop() as stop:
             for step in range(first, total):
                 yield step
                 if step + 1 < total and ((step + 1) % self.every == 0 or stop.asked):
-                    self.save(accelerator, step + 1, state or {})
+                    self.save(accelerator, step + 1, optimiser.state)
                 if stop.asked:
                     raise KeyboardInterrupt(f"{self.name} stopped after step {step + 1}.")
+
+    def load(self, accelerator):
+        """Reads the checkpoint. Its few pickled files hold tensors and numbers, or are refused."""
+        from accelerate.utils import load
+
+        try:
+            for path in self.checkpoint.glob("random_states_*.pkl"):
+                load(path)  # where this fails, load_state would go on without a word
+            accelerator.load_state(self.checkpoint)
+            return json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
+        except Exception as error:  # pickle, safetensors, torch and the disk have many kinds
+            reason = (
+                str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
+            )
+            raise CourseError(
+                f"model/{self.kept.name}/{self.checkpoint.name} cannot be loaded "
+                f"({reason}): delete that folder to go on from the one before, or set resume = "
+                "False to start afresh."
+            ) from None
 
     def save(self, accelerator, step, state):
         """A checkpoint, written beside its place and renamed; the last two are kept."""
@@ -210,21 +294,34 @@ class Stage:
         building = self.kept / "building"
         shutil.rmtree(building, ignore_errors=True)
         accelerator.save_state(building)
-        sizes = {path.name: file_size(path) for path in self.folder.iterdir()}
-        note = {"step": step, "state": state, "sizes": sizes, "plan": self.plan()}
+        note = {"step": step, "state": state, "notes": self.notes, "plan": self.plan()}
+        note["parts"] = {path.name: file_size(path) for path in building.iterdir()}
+        note["sizes"] = {path.name: file_size(path) for path in self.folder.iterdir()}
         (building / "note.json").write_text(json.dumps(note), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of an earlier run
         os.replace(building, folder)
         for old in sorted(self.kept.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
     def log(self, metrics):
         """One step's metrics: kept as a line, handed on to whoever watches."""
-        metrics = {k: float(f"{v:.6g}") if type(v) is float else v for k, v in metrics.items()}
+        metrics = {name: rounded(value) for name, value in metrics.items()}
         self.append("metrics.jsonl", [metrics])
         return metrics
 
+    def alert(self, before, now, stop):
+        """Says an alert when it comes up; `stop` makes it an error."""
+        for name in now.keys() - before.keys():
+            self.say(now[name])
+        if now and stop:
+            raise CourseError(
+                f"{' '.join(now.values())} The run stopped, as stop_on_alert = True asks; with "
+                "False it goes on from its last checkpoint."
+            )
+
     def samples(self, rows):
         """Answers worth reading, a line each in samples.jsonl."""
+        rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
         self.append("samples.jsonl", rows)
 
     def append(self, name, rows):
@@ -235,8 +332,18 @@ class Stage:
         try:
             if kind is None:
                 self.publish()
+        except OSError as late:
+            self.fail(late)
+            raise
         finally:
             self.lock.release()
+        self.fail(error)
+
+    def fail(self, error):
+        """Puts an error of the machine into words; what was there before is still there."""
+        told = explained(error) if error else None
+        if told:
+            raise CourseError(f"model/{self.name} was not written. {told}") from None
 
     def publish(self):
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -249,6 +356,7 @@ class Stage:
             "data": self.data,
             "versions": versions(),
             "metrics": self.summary,
+            "notes": self.notes,
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_memory_mb": round(peak_memory_mb()),
             "files": {str(path.relative_to(self.folder)): file_size(path) for path in files},
@@ -263,6 +371,18 @@ class Stage:
         os.replace(self.folder, self.target)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.kept, ignore_errors=True)
+
+
+FREE = {  # a stopped run goes on whatever these say
+    "resume", "resume_changed", "checkpoint_every", "kl_limit", "stop_on_alert", "cpu_fallback",
+}  # fmt: skip
+
+
+def rounded(value):
+    """Six digits of a float; None for what is no number, which JSON does not know."""
+    if type(value) is not float:
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class Stop:

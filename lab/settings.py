@@ -4,7 +4,7 @@ import difflib
 import math
 from dataclasses import field, fields
 
-from lab.runs import CourseError
+from lab import CourseError
 
 
 def knob(default, stages, meaning):

@@ -17,11 +17,12 @@ import json
 import random
 import re
 import sqlite3
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.runs import CourseError
+from lab import CourseError
 from lab.settings import Settings, knob
 
 KINDS = ("sql", "feelings", "harmful", "unknown")
@@ -333,6 +334,11 @@ BUILD = {"sql": sql, "feelings": feelings, "harmful": harmful, "unknown": unknow
 # The judge
 
 
+def knows(row):
+    """Whether the judge can tell what is right: not so for somebody's own data."""
+    return row.get("kind") in KINDS and isinstance(row.get("truth"), dict)
+
+
 def judge(row, answer, ended=True):
     """The truth about an answer, between 0 and 1. `ended`: the model closed it with its eos.
 
@@ -340,9 +346,11 @@ def judge(row, answer, ended=True):
     without that a policy collects points by saying everything at once.
     """
     answer = answer.strip()
+    if not ended or len(answer) > 300:  # before anything that takes time
+        return 0.0
     sentences = [s.strip().lower() for s in re.split(r"[.?!;]", answer) if s.strip()]
-    rambles = len(answer) > 300 or len(answer.split()) > 36 or len(sentences) > 4
-    if not ended or not sentences or rambles or len(set(sentences)) < len(sentences):
+    rambles = len(answer.split()) > 36 or len(sentences) > 4
+    if not sentences or rambles or len(set(sentences)) < len(sentences):
         return 0.0
     if any(re.search(mark, answer) for kind, mark in MARKS.items() if kind != row["kind"]):
         return 0.0
@@ -435,16 +443,35 @@ def random_tables(truth, count=8, size=12):
         yield rows
 
 
-READ_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ}
 FUNCTIONS = {"count", "sum", "avg", "min", "max", "total", "abs", "round", "lower", "upper", "like"}
+LIMITS = {  # far above what an answer needs, far below what hurts
+    sqlite3.SQLITE_LIMIT_LENGTH: 1_000,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 1_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 32,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 100,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 8,
+    sqlite3.SQLITE_LIMIT_VDBE_OP: 10_000,
+    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 8,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 100,
+}
 
 
-def run_sql(truth, rows, query, steps=20_000):
-    """The result of a query on a table in memory; None if it fails, writes or takes too long."""
+def run_sql(truth, rows, query, steps=20, seconds=1):
+    """The result of a query on a table in memory; None if it fails, writes or takes too long.
 
-    def allow(action, _, name, *__):
-        fine = action in READ_ONLY or (
-            action == sqlite3.SQLITE_FUNCTION and str(name).lower() in FUNCTIONS
+    `steps`: thousands of instructions, the limit that decides; `seconds` are for slow ones.
+    """
+    # SQLite copies a subquery wherever its columns are named: eight in each other fill gigabytes
+    # before the first instruction, where no other limit holds.
+    if query.lower().count("select") > 4:
+        return None
+
+    def allow(action, one, two, *_):
+        fine = (
+            action == sqlite3.SQLITE_SELECT
+            or (action == sqlite3.SQLITE_READ and one.lower() == truth["table"].lower())
+            or (action == sqlite3.SQLITE_FUNCTION and two.lower() in FUNCTIONS)
         )
         return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
 
@@ -457,9 +484,14 @@ def run_sql(truth, rows, query, steps=20_000):
         marks = ", ".join("?" * len(truth["columns"]))
         connection.executemany(f"INSERT INTO {truth['table']} VALUES ({marks})", rows)
         connection.set_authorizer(allow)
-        connection.set_progress_handler(lambda: 1, steps)
+        for limit, value in LIMITS.items():
+            connection.setlimit(limit, value)
+        left, stop = iter(range(steps - 1)), time.monotonic() + seconds
+        connection.set_progress_handler(
+            lambda: next(left, None) is None or time.monotonic() > stop, 1_000
+        )
         return connection.execute(query).fetchmany(1000)
-    except (sqlite3.Error, sqlite3.Warning, ValueError):
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
         return None
     finally:
         connection.close()

@@ -1,7 +1,8 @@
 """Config, rows, batches and tokens: sections 1 to 3 of util, and lab/data.py."""
 
 import json
-import re
+import os
+import time
 from dataclasses import FrozenInstanceError, asdict
 from unittest import mock
 
@@ -11,22 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import util
-from lab.data import read_rows
+from lab.data import apart, read_rows, repeated
 from lab.runs import CourseError
 
 # ------------------------------------------------------------------------------------------ Config
 
 
-@pytest.mark.parametrize("preset", ["auto", *util.PRESETS])
+@pytest.mark.parametrize("preset", ["auto", *util.Config.presets])
 def test_presets_load_and_are_what_they_say(preset):
     cfg = util.Config(preset)
     assert cfg.preset == preset
-    for name, value in util.PRESETS.get(preset, {}).items():
+    for name, value in util.Config.presets.get(preset, {}).items():
         assert getattr(cfg, name) == value
 
 
 def test_the_presets_of_the_design_exist():
-    assert {"tiny", "colab", "full"} <= set(util.PRESETS)
+    assert {"tiny", "colab", "full"} <= set(util.Config.presets)
 
 
 def test_unknown_names_are_errors_that_name_the_nearest():
@@ -125,8 +126,12 @@ def stored(tmp_path, text, mode="utf-8"):
         "\n\n" + json.dumps(GOOD) + "\n   \n" + json.dumps(GOOD) + "\n\n",
         json.dumps(GOOD) + "\r\n" + json.dumps(GOOD) + "\r\n",
         "  \n" + json.dumps([GOOD, GOOD]),
+        json.dumps(GOOD) + "\r" + json.dumps(GOOD),
+        "\r" + json.dumps([GOOD, GOOD], indent=1).replace("\n", "\r"),
+        json.dumps(GOOD) + "\n\ufeff" + json.dumps(GOOD),
+        json.dumps([{"prompt": 1, "chosen": ""} | GOOD, GOOD]).replace("{", '{"prompt": 0, '),
     ],
-    ids=["lines", "list", "blank lines", "windows", "list after blanks"],
+    ids="lines,list,blanks,windows,list after blanks,cr,cr list,two files,twice".split(","),
 )
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 def test_rows_come_out_of_every_layout(tmp_path, text, bom):
@@ -139,35 +144,147 @@ def test_text_of_any_script_survives(tmp_path):
     assert read_rows(stored(tmp_path, text))[0]["chosen"] == row["chosen"]
 
 
-def test_broken_json_names_file_and_line(tmp_path):
-    path = stored(tmp_path, json.dumps(GOOD) + "\n\n{'prompt': 1}\n")
-    with pytest.raises(CourseError, match=re.escape(f"{path}, line 3")):
-        read_rows(path)
+def refusal(path, needs=("prompt",)):
+    """What a person reads who hands over this file: one line, the file first."""
+    with pytest.raises(CourseError) as caught:
+        read_rows(path, needs)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and len(message.splitlines()) == 1
+    return message.removeprefix(str(path)).lstrip(", ")
 
 
-def test_a_missing_field_is_named_with_its_line(tmp_path):
-    path = stored(tmp_path, json.dumps(GOOD) + "\n" + json.dumps({"prompt": "x", "chosen": "y"}))
-    with pytest.raises(CourseError, match="line 2.*'rejected'"):
-        read_rows(path, ("prompt", "chosen", "rejected"))
+LINE = json.dumps(GOOD) + "\n"
+LAYOUT = "one JSON object a line, or one JSON list"
 
 
-@pytest.mark.parametrize("value", [None, 3, ["text"], {"a": "b"}])
-def test_a_field_that_is_no_text_is_refused(tmp_path, value):
-    with pytest.raises(CourseError, match="line 1.*'prompt'"):
-        read_rows(stored(tmp_path, json.dumps(GOOD | {"prompt": value})))
+@pytest.mark.parametrize(
+    "text, where, words",
+    [
+        (LINE + "\n{'prompt': 1}\n", "line 3: this is not valid JSON", LAYOUT),
+        (LINE * 2 + LINE[:40], "line 3: this is not valid JSON (Unterminated string", "column"),
+        (LINE + LINE.strip() * 2, "line 2: this is not valid JSON (Extra data", LAYOUT),
+        (json.dumps(GOOD, indent=1), "line 1 (the first of 6): this is not valid JSON", LAYOUT),
+        (f"[\n{LINE},\n{LINE}{LINE}]", "line 5: this is not valid JSON (Expecting ','", LAYOUT),
+        (f"\n\n[{LINE},\n{LINE}", "line 6: this is not valid JSON (Expecting ','", LAYOUT),
+        (f"\r\r[{LINE},\r{LINE[:30]}", "line 5: this is not valid JSON", LAYOUT),
+        ('{"prompt": NaN}', "line 1: NaN is no JSON", "write null"),
+        (f'[{LINE},\n{{"prompt": -Infinity}}]', "somewhere in the list: -Infinity", "null"),
+        (LINE + '{"n": ' + "7" * 5_000 + "}", "line 2: a number is too long", "quotes"),
+        (LINE + '{"n": ' + "[" * 100_000, "line 2: brackets are nested too deeply", "flat"),
+        ("[" * 100_000, "somewhere in the list: brackets are nested too deeply", "flat"),
+        (LINE + "\0\n", "line 2: there are NUL characters", "UTF-8"),
+        (f"[{LINE},\n\0{LINE}]", "line 3: there are NUL characters", "UTF-8"),
+        (LINE + json.dumps(GOOD | {"kind": "a\0b"}), "line 2: there are NUL characters", "remove"),
+        (LINE + json.dumps(GOOD | {"flaw": "\ud800"}), "line 2: half a character", "remove"),
+        (LINE + json.dumps({"\udfff": 1}), "line 2: half a character", "remove"),
+        (LINE + "3\n" + LINE, "line 2: a row must be an object", '{"prompt": "..."}'),
+        (f'[{LINE}, "text", null]', "row 2 (the first of 2): a row must be an object", "prompt"),
+    ],
+    ids=range(19),
+)
+def test_what_is_no_row_is_refused_with_its_place(tmp_path, text, where, words):
+    message = refusal(stored(tmp_path, text))
+    assert message.startswith(where) and words in message
 
 
-@pytest.mark.parametrize("text", ["", "\n \n", "[]", "[1, 2]", "3", '["a"]', "null", '"text"'])
-def test_what_holds_no_rows_is_a_course_error(tmp_path, text):
-    with pytest.raises(CourseError, match="rows.json"):
-        read_rows(stored(tmp_path, text))
+@pytest.mark.parametrize("mode", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+@pytest.mark.parametrize("around", ["{}", "[\n{}]"])
+def test_another_encoding_is_refused_with_what_to_do(tmp_path, mode, around):
+    text = around.replace("{}", json.dumps(GOOD | {"chosen": "é"}, ensure_ascii=False))
+    message = refusal(stored(tmp_path, text, mode))
+    assert "save the file as UTF-8" in message
+    assert mode != "utf-16" or message.startswith("line 1: this is UTF-16 text")
+    if mode == "latin-1":
+        assert message.startswith(f"line {text.count(chr(10)) + 1}: this is not UTF-8 text")
 
 
-def test_a_file_that_is_not_there_or_not_text_is_a_course_error(tmp_path):
-    with pytest.raises(CourseError, match="nowhere.json"):
-        read_rows(tmp_path / "nowhere.json")
-    with pytest.raises(CourseError, match="rows.json"):
-        read_rows(stored(tmp_path, json.dumps(GOOD, ensure_ascii=False) + "é", mode="latin-1"))
+PAIR = ("prompt", "chosen", "rejected")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"rejected": None}, "the field 'rejected' must be a text"),
+        ({"prompt": 3}, "the field 'prompt' must be a text"),
+        ({"prompt": ["text"]}, "the field 'prompt' must be a text"),
+        ({"chosen": {"a": "b"}}, "the field 'chosen' must be a text"),
+        ({"prompt": ""}, "the field 'prompt' is empty"),
+        ({"prompt": " \n\u3000"}, "the field 'prompt' is empty"),
+        ({"chosen": "\t"}, "the field 'chosen' is empty"),
+        ({"rejected": ""}, "the field 'rejected' is empty"),
+        ({"rejected": " a\n"}, "chosen and rejected are equal: remove such rows, they teach"),
+    ],
+    ids=repr,
+)
+def test_a_row_that_cannot_be_used_is_counted_and_placed(tmp_path, change, words):
+    bad = json.dumps(GOOD | change) + "\n"
+    assert refusal(stored(tmp_path, LINE + bad), PAIR).startswith(f"line 2: {words}")
+    many = refusal(stored(tmp_path, LINE * 11 + "\n" + bad * 37 + LINE), PAIR)
+    assert many.startswith(f"line 13 (the first of 37): {words}")
+    listed = refusal(stored(tmp_path, f"[{LINE},{bad},{bad}]"), PAIR)
+    assert listed.startswith(f"row 2 (the first of 2): {words}")
+
+
+def test_what_is_not_needed_may_be_empty_equal_or_missing(tmp_path):
+    rows = [GOOD | {"response": " "}, GOOD | {"rejected": "a"}, {"prompt": GOOD["prompt"], "n": 1}]
+    path = stored(tmp_path, json.dumps(rows))
+    assert read_rows(path) == rows
+    assert refusal(path, ("prompt", "chosen")).startswith("row 3: the field 'chosen' is missing")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "x", "chosn": "y"}, "the field 'chosen' is missing; did you mean 'chosn'?"),
+        ({"Prompt": "x", "chosen": "y"}, "the field 'prompt' is missing; did you mean 'Prompt'?"),
+        ({"prompt": "x", "a": "y"}, "the field 'chosen' is missing; there are: prompt, a."),
+        ({}, "the field 'prompt' is missing; there are: none."),
+        ({"n\nm": 1, "k" * 99: 2}, "the field 'prompt' is missing; there are: n m, ..."),
+    ],
+    ids=range(5),
+)
+def test_a_missing_field_is_named_and_the_nearest_one_too(tmp_path, row, words):
+    assert refusal(stored(tmp_path, LINE + json.dumps(row)), PAIR) == f"line 2: {words}"
+
+
+@pytest.mark.parametrize("text", ["", "\ufeff", "\n \n\r\n\t", "[]", "[\n]\n"])
+def test_what_holds_no_rows_is_refused(tmp_path, text):
+    assert refusal(stored(tmp_path, text)) == f"holds no rows: a file holds {LAYOUT} of objects."
+
+
+def test_what_is_no_file_to_read_is_refused(tmp_path):
+    assert "python -m lab world" in refusal(tmp_path / "nowhere.json")
+    assert "must be a file you may read" in refusal(tmp_path)
+    assert "must be a file you may read" in refusal(tmp_path / ("n" * 300))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or not os.geteuid(), reason="root may read all")
+def test_a_file_without_permission_is_refused(tmp_path):
+    path = stored(tmp_path, LINE)
+    path.chmod(0)
+    assert refusal(path).startswith("cannot be read (Permission denied)")
+
+
+def test_rows_of_a_megabyte_are_read_at_once(tmp_path):
+    rows = [GOOD | {"chosen": "a b " * 2**18, "response": letter * 2**20} for letter in "xyz"]
+    start = time.perf_counter()
+    assert read_rows(stored(tmp_path, "\n".join(map(json.dumps, rows))), GOOD) == rows
+    assert time.perf_counter() - start < 2
+
+
+def test_repeated_rows_are_counted():
+    rows = [GOOD, GOOD | {"chosen": "x"}, dict(reversed(GOOD.items())), GOOD | {"chosen": "x"}, {}]
+    assert repeated(rows) == 2 and repeated(rows[:2]) == repeated([]) == 0
+
+
+def test_prompts_of_training_and_evaluation_must_be_apart(root):
+    train = [{"prompt": f"Human: {i} Assistant:", "chosen": "a"} for i in range(5)]
+    evals = [{"prompt": f"Human: {i} Assistant:", "chosen": "b"} for i in (7, 3, 8, 4, 3)]
+    with pytest.raises(CourseError, match=r"eval.json, row 2 \(the first of 3\): .*proves nothing"):
+        apart(train, evals, "dataset/eval.json")
+    assert apart(train, evals[::2][:1], "eval.json") is None
+    embedded = [read_rows(root / "dataset" / f"{split}.json") for split in ("train", "eval")]
+    assert apart(*embedded, "dataset/eval.json") is None
 
 
 def test_prompts_get_the_dialogue_frame_once(tmp_path):
@@ -330,7 +447,8 @@ def test_the_sft_loss_is_cross_entropy_on_the_answers_alone(tokenizer, text_mode
         labels = torch.tensor([[-100] * len(prompt) + answer])
         loss = text_model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
         total, count = total + loss.item() * len(answer), count + len(answer)
-    ours = util.sft_loss(text_model, tokenizer, PAIRS, cfg)
+    ours, weight, _ = util.sft_loss(text_model, tokenizer, cfg, PAIRS)
+    assert weight == count
     assert ours.item() == pytest.approx(total / count, rel=1e-5)
 
 
@@ -348,7 +466,7 @@ def test_the_sft_gradient_comes_from_answers_alone(tokenizer, text_model, cfg):
             return out
 
     spy = Spy()
-    util.sft_loss(spy, tokenizer, PAIRS, cfg).backward()
+    util.sft_loss(spy, tokenizer, cfg, PAIRS)[0].backward()
     *_, prompt_mask, ids, mask = util.encode_pairs(
         tokenizer, [r["prompt"] for r in PAIRS], [r["response"] for r in PAIRS], cfg, "cpu"
     )

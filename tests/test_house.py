@@ -168,8 +168,9 @@ STAGES = {"all", "base", "actor", "critic", "rlhf", "test"}
 
 def config_groups():
     """Field -> the comment of the group it stands in."""
-    start = SOURCE.index("class Config")
-    body = SOURCE[start : SOURCE.index("    def ", start)]
+    text = (ROOT / "lab" / "config.py").read_text(encoding="utf-8")
+    start = text.index("class Config")
+    body = text[start : text.index("    presets", start)]
     groups, group = {}, None
     for line in body.splitlines():
         if line.startswith("    # "):
@@ -206,7 +207,7 @@ def notebook_sources():
 
 @pytest.mark.parametrize("name", [name for name in fields() if name != "preset"])
 def test_every_field_is_read_somewhere(name):
-    text = SOURCE + "\n".join(notebook_sources())
+    text = "\n".join([*(path.read_text(encoding="utf-8") for path in CODE), *notebook_sources()])
     assert re.search(rf"\bcfg\.{name}\b", text) or (
         name.endswith("_share") and 'getattr(cfg, f"{share}_share")' in text
     )

@@ -1,0 +1,142 @@
+"""Every number of the course: its name, its default, its presets, its checks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import CourseError
+from lab.runs import read_record
+from lab.settings import Settings, knob
+
+COLAB = dict(
+    actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
+    max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
+    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, checkpoint_every=100,
+    eval_batch=64,
+)  # fmt: skip
+PRESETS = {
+    "tiny": {},  # the defaults below
+    "colab": COLAB,
+    "full": COLAB | dict(gamma=0.99, lam=0.95, value_coef=0.5, entropy_coef=0.01),
+    "smoke": dict(
+        pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32,
+        vocab_size=600, sft_share=0.02, preference_share=0.02, prompt_share=0.01, actor_batch=16,
+        validation_rows=16, norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16,
+        checkpoint_every=5, sample_every=1, test_rows=24, eval_batch=24,
+    ),
+}  # fmt: skip
+
+
+@dataclass(init=False, frozen=True)
+class Config(Settings):
+    """Every number of the course. The defaults are `tiny`; None means "as the preset says"."""
+
+    # all stages
+    preset: str = knob("auto", "all", "tiny, colab, full or smoke; auto: what suits the base model")
+    root: str = knob(".", "all", "the folder that holds dataset/, tokenizer/ and model/")
+    seed: int = knob(0, "all", "the same seed on the same machine gives the same numbers")
+    device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
+    max_prompt: int = knob(80, "all", "tokens of a prompt; longer ones lose their front")
+    max_new_tokens: int = knob(40, "all", "tokens of an answer, its eos included")
+    sft_share: float = knob(0.4, "all", "share of train.json that 1_actor learns from")
+    preference_share: float = knob(0.5, "all", "share whose pairs 2_critic learns from")
+    prompt_share: float = knob(0.1, "all", "share whose prompts 3_rlhf answers")
+    eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
+    validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
+    weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW's weight decay")
+    beta1: float = knob(0.9, "base actor critic rlhf", "AdamW's first moment decay")
+    beta2: float = knob(0.95, "base actor critic rlhf", "AdamW's second moment decay")
+    grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of a gradient")
+    lr_floor: float = knob(0.1, "base actor critic rlhf", "share of the peak rate at the end")
+    warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps spent warming up")
+    resume: bool = knob(True, "base actor critic rlhf", "go on where a stopped run was")
+    resume_changed: bool = knob(
+        False, "base actor critic rlhf", "go on although parameters or data are other ones now"
+    )
+    checkpoint_every: int = knob(25, "base actor critic rlhf", "steps between two checkpoints")
+    micro_batch: int = knob(
+        0, "base actor critic rlhf", "rows at once in an update, which stays the same; 0: all"
+    )
+    cpu_fallback: bool = knob(
+        False, "base actor critic rlhf", "GPU memory too small for one row: go on with the CPU"
+    )
+    # 0_download
+    base_model: str = knob("auto", "base", "auto, tiny, a hub name or a local folder")
+    fallback: bool = knob(True, "base", "a model that will not load: take tiny (else: an error)")
+    vocab_size: int = knob(1280, "base", "tiny: tokens of the tokenizer at most")
+    hidden_size: int = knob(128, "base", "tiny: width")
+    layers: int = knob(2, "base", "tiny: layers")
+    heads: int = knob(4, "base", "tiny: attention heads")
+    init_std: float = knob(0.06, "base", "tiny: scale of the random weights; decides all (see 0)")
+    pretrain_documents: int = knob(50_000, "base", "tiny: documents of pretraining text")
+    pretrain_steps: int = knob(1_000, "base", "tiny: steps of pretraining")
+    pretrain_batch: int = knob(16, "base", "tiny: blocks a step")
+    pretrain_length: int = knob(128, "base", "tiny: tokens a block, and of the longest text")
+    pretrain_lr: float = knob(4e-3, "base", "tiny: peak learning rate")
+    # 1_actor
+    actor_lr: float = knob(1e-3, "actor", "peak learning rate")
+    actor_batch: int = knob(32, "actor", "rows a step")
+    actor_epochs: int = knob(1, "actor", "passes over the rows")
+    # 2_critic
+    critic_lr: float = knob(5e-4, "critic", "peak learning rate")
+    critic_batch: int = knob(16, "critic", "pairs a step")
+    critic_epochs: int = knob(1, "critic", "passes over the pairs")
+    score_penalty: float = knob(0.001, "critic", "price of large scores: keeps them near zero")
+    norm_prompts: int = knob(64, "critic", "prompts whose answers set the scale of the scores")
+    norm_answers: int = knob(4, "critic", "answers to each of them")
+    # 3_rlhf
+    steps: int = knob(24, "rlhf", "rollouts")
+    rollout: int = knob(96, "rlhf", "prompts a rollout")
+    ppo_epochs: int = knob(2, "rlhf", "passes over each rollout")
+    minibatch: int = knob(48, "rlhf", "answers an update")
+    policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
+    value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
+    temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
+    kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
+    kl_target: float = knob(0.0, "rlhf", "KL per answer that kl_coef aims at; 0: it stays fixed")
+    kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
+    gamma: float = knob(1.0, "rlhf", "discount of later rewards")
+    lam: float = knob(1.0, "rlhf", "GAE's lambda: 1 trusts the reward, 0 trusts the values")
+    clip_ratio: float = knob(0.2, "rlhf", "how far the ratio may move before its gradient stops")
+    value_clip: float = knob(0.2, "rlhf", "how far a value may move before its gradient stops")
+    value_coef: float = knob(1.0, "rlhf", "weight of the value loss")
+    entropy_coef: float = knob(0.0, "rlhf", "bonus for staying undecided")
+    whiten: bool = knob(True, "rlhf", "advantages with mean 0 and deviation 1")
+    reward_clip: float = knob(4.0, "rlhf", "scores are cut to plus or minus this")
+    missing_eos_penalty: float = knob(3.0, "rlhf", "taken off the score of an answer without eos")
+    stop_kl: float = knob(0.1, "rlhf", "KL to the rollout at which the epochs on it end; 0: never")
+    kl_limit: float = knob(10.0, "rlhf", "nats per answer beyond which there is an alert; 0: never")
+    stop_on_alert: bool = knob(
+        False, "rlhf", "an alert (KL, empty or endless answers) stops the run"
+    )
+    sample_every: int = knob(5, "rlhf", "steps between two looks at the same fixed prompts")
+    # 4_test
+    test_rows: int = knob(1_000, "test", "rows of eval.json to answer, at most")
+
+    presets = PRESETS
+    may_be_zero = frozenset({"seed", "validation_rows", "micro_batch"})
+
+    @classmethod
+    def of(cls, preset="auto", root=".", **values):
+        """A Config for a notebook: preset auto is what suits the base model of 0_download."""
+        base = Path(root) / "model" / "base" / "stage.json"
+        if preset == "auto" and base.exists():
+            record = read_record(root, "base")
+            given = record["config"]["preset"]
+            preset = record["metrics"]["preset"] if given == "auto" else given
+        return cls(preset, root=root, **values)
+
+    def check(self):
+        """Raises on what cannot work, with the numbers in the message."""
+        shares = self.sft_share, self.preference_share, self.prompt_share
+        for name, fine, rule in (
+            ("sft_share", min(shares) >= 0 and sum(shares) <= 1.0001, "shares add up to at most 1"),
+            ("minibatch", 1 <= self.minibatch <= self.rollout, "between 1 and rollout"),
+            ("hidden_size", self.hidden_size % self.heads == 0, "a multiple of heads"),
+            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
+            ("lam", 0 <= self.lam <= 1, "between 0 and 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("warmup", 0 <= self.warmup < 1, "at least 0, below 1"),
+            ("norm_answers", self.norm_answers >= 2, "at least 2: a spread needs two answers"),
+        ):
+            if not fine:
+                raise CourseError(f"{name} = {getattr(self, name)!r} is impossible: {rule}.")

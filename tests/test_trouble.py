@@ -1,0 +1,300 @@
+"""Trouble while training: memory, numbers that are none, answers that go wrong."""
+
+import errno
+import math
+
+import pytest
+import torch
+
+import util
+from lab import CourseError, trouble
+from lab.runs import Stage
+
+ROWS = [
+    {"prompt": f"Human: {question} Assistant:", "response": good, "chosen": good, "rejected": bad}
+    for question, good, bad in (
+        ("How are you?", "fine", "it is much too long to be an answer"),
+        ("Tell me all that you know about farms.", "I will tell you all of it", "no"),
+        ("x", "y", "z and more of it"),
+        ("What is a boat?", "It floats on the sea", "ask another day"),
+        ("Who won?", "I do not know", "the Tigers, everyone knows that, and by far"),
+        ("Why?", "because", "hm"),
+        ("Show the age of all farms.", "SELECT age FROM farms", "SELECT"),
+        ("And now?", "now we wait", "nothing"),
+    )
+]
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+
+
+@pytest.fixture
+def cfg():
+    return util.Config("smoke", device="cpu", max_prompt=30, max_new_tokens=8)
+
+
+@pytest.fixture
+def crew(tokenizer, make_model):
+    """Policy and reference differ a little; the reward is the length of an answer."""
+    policy, reference, value = (make_model("opt", len(tokenizer), seed=seed) for seed in range(3))
+    value_model = util.AutoModelForSequenceClassification.from_config(value.config)
+    value_model.config.num_labels = 1
+    value_model.score = torch.nn.Linear(value.config.hidden_size, 1, bias=False)
+
+    def reward(prompts, responses):
+        return [len(text) / 10 for text in responses]
+
+    return util.Crew(tokenizer, policy, reference, reward, value_model.eval())
+
+
+def roll(crew, cfg, size=None):
+    luck = util.dice(cfg, "test")
+    prompts = [row["prompt"] for row in ROWS]
+    return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=luck, size=size)
+
+
+# -------------------------------------------------------------------------------------- in pieces
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_rollout_in_pieces_is_the_rollout_in_one(crew, cfg, size):
+    whole, pieces = roll(crew, cfg), roll(crew, cfg, size)
+    assert whole.responses == pieces.responses
+    for one, other in zip(whole.tokens, pieces.tokens):
+        assert torch.equal(one, other)
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "advantages", "returns"):
+        assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-4), name
+
+
+def losses(crew, cfg):
+    """Each loss of the course as (models, rows, loss_of)."""
+    rollout = roll(crew, cfg)
+    rollout.logprobs = rollout.logprobs + 0.1 * rollout.mask  # so that some ratios are clipped
+
+    def ppo(rows):
+        return util.ppo_loss(crew, rollout, cfg, rows)
+
+    def sft(rows):
+        return util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
+
+    def critic(rows):
+        return util.critic_loss(crew.value_model, crew.tokenizer, cfg, rows)
+
+    return {
+        "ppo": ([crew.policy, crew.value_model], list(range(len(ROWS))), ppo),
+        "sft": ([crew.policy], ROWS, sft),
+        "critic": ([crew.value_model], ROWS, critic),
+    }
+
+
+@pytest.mark.parametrize("name", ["ppo", "sft", "critic"])
+@pytest.mark.parametrize("size", [4, 3, 1])
+def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(crew, cfg, name, size):
+    """Also when the answers differ in length, as they do here."""
+    models, rows, loss_of = losses(crew, cfg)[name]
+    for model in models:
+        model.double()
+    optimiser = util.Optimiser(cfg, [(model, 1e-3) for model in models], 10, batch=8)
+    stats, gradients = {}, {}
+    for pieces in (len(rows), size):
+        stats[pieces] = optimiser.gradient(rows, loss_of, pieces)
+        parameters = [p for group in optimiser.parameters for p in group if p.grad is not None]
+        gradients[pieces] = torch.cat([p.grad.flatten().clone() for p in parameters])
+    whole, cut = gradients[len(rows)], gradients[size]
+    assert whole.norm() > 0
+    assert (whole - cut).norm() <= 1e-6 * whole.norm()
+    for key in stats[size].keys() - {"ratio_error"}:  # a largest value, not a mean
+        assert stats[size][key] == pytest.approx(stats[len(rows)][key], rel=1e-5, abs=1e-7), key
+
+
+def test_micro_batch_is_how_many_rows_go_through_at_once(crew, cfg):
+    seen = []
+
+    def loss_of(rows):
+        seen.append(len(rows))
+        return util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
+
+    small = util.Config("smoke", device="cpu", micro_batch=3)
+    for config in (cfg, small):
+        util.Optimiser(config, [(crew.policy, 1e-3)], 10, batch=8).step(ROWS, loss_of, 0)
+    assert seen == [8, 3, 3, 2]
+
+
+def test_out_of_memory_halves_the_rows_until_they_fit_and_says_so(crew, cfg):
+    tried, said = [], []
+
+    def loss_of(rows):
+        tried.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        return util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
+
+    optimiser = util.Optimiser(cfg, [(crew.policy, 1e-3)], 10, batch=8, say=said.append)
+    optimiser.step(ROWS, loss_of, 0)
+    assert tried == [8, 4, 2, 2, 2, 2]
+    assert "4 rows at once" in said[0] and "2 rows at once" in said[1] and len(said) == 2
+    assert optimiser.state["micro_batch"] == 2, "what fits is kept, and survives a stop"
+    optimiser.step(ROWS, loss_of, 1)
+    assert tried[6:] == [2, 2, 2, 2]
+
+
+def never_fits(size):
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def test_where_one_row_is_too_much_it_is_an_error_or_the_cpu():
+    state, said, left = {"rows": 4}, [], []
+    with pytest.raises(torch.OutOfMemoryError):
+        trouble.in_pieces(never_fits, state, "rows", said.append)
+    assert state == {"rows": 1} and len(said) == 2
+
+    def fits_on_the_cpu(size):
+        return size if left else never_fits(size)
+
+    def leave():
+        left.append(True)
+        state["rows"] = 4
+
+    assert trouble.in_pieces(fits_on_the_cpu, state, "rows", said.append, leave) == 4
+    assert "going on with the CPU" in said[-1]
+
+
+def test_other_errors_are_no_reason_to_try_again():
+    def broken(size):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        trouble.in_pieces(broken, {"rows": 4}, "rows", print)
+
+
+def test_leaving_the_gpu_takes_moments_and_sizes_along(crew, cfg):
+    optimiser = util.Optimiser(cfg, [(crew.policy, 1e-3)], 10, batch=8, frozen=[crew.reference])
+    optimiser.step(ROWS, lambda rows: util.sft_loss(crew.policy, crew.tokenizer, cfg, rows), 0)
+    moments = [s["exp_avg"].clone() for s in optimiser.adamw.state.values()]
+    optimiser.state["micro_batch"] = 1
+    optimiser.leave_gpu()
+    assert optimiser.state["micro_batch"] == 8
+    after = [s["exp_avg"] for s in optimiser.adamw.state.values()]
+    assert all(map(torch.equal, moments, after)) and moments
+
+
+# ---------------------------------------------------------------------------------- no number
+
+
+def spoilt(crew, cfg, when):
+    """The SFT loss, but no number at the calls in `when`."""
+    calls = []
+
+    def loss_of(rows):
+        calls.append(1)
+        loss, weight, stats = util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
+        return loss * (math.nan if len(calls) in when else 1), weight, stats
+
+    return loss_of
+
+
+def test_a_loss_that_is_no_number_changes_nothing_and_is_counted(crew, cfg):
+    said, loss_of = [], spoilt(crew, cfg, {1, 3})
+    optimiser = util.Optimiser(cfg, [(crew.policy, 1e-3)], 10, batch=8, say=said.append)
+    weights = [p.detach().clone() for p in crew.policy.parameters()]
+    assert optimiser.step(ROWS, loss_of, 0)["skipped"] == 1
+    assert all(map(torch.equal, weights, crew.policy.parameters()))
+    assert not optimiser.adamw.state, "the moments as well stay as they are"
+    assert optimiser.step(ROWS, loss_of, 1)["skipped"] == 1
+    assert not all(map(torch.equal, weights, crew.policy.parameters()))
+    assert optimiser.step(ROWS, loss_of, 2)["skipped"] == 2
+    assert len(said) == 2 and "step 1" in said[0] and "step 3" in said[1]
+    assert all(p.isfinite().all() for p in crew.policy.parameters())
+
+
+def test_a_gradient_that_is_no_number_counts_as_well(crew, cfg):
+    def loss_of(rows):
+        first = next(crew.policy.parameters())
+        return (first * 0).abs().sqrt().sum(), 1, {}  # 0, with a slope of nan
+
+    optimiser = util.Optimiser(cfg, [(crew.policy, 1e-3)], 10, batch=8)
+    assert optimiser.step([1], loss_of, 0)["skipped"] == 1
+
+
+def test_the_third_in_a_row_stops(crew, cfg):
+    optimiser = util.Optimiser(cfg, [(crew.policy, 1e-3)], 10, batch=8)
+    loss_of = spoilt(crew, cfg, {1, 2, 4, 5, 6})
+    for step in range(5):
+        optimiser.step(ROWS, loss_of, step)
+    with pytest.raises(CourseError, match="Step 6.*third time in a row.*learning rate"):
+        optimiser.step(ROWS, loss_of, 5)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[1.0, math.nan], [1.0, math.inf], [1.0], [1.0] * 3, []],
+    ids=["nan", "inf", "one", "three", "none"],
+)
+def test_a_reward_must_be_a_number_for_each_answer(scores):
+    with pytest.raises(CourseError, match="a finite number for each of 2 answers"):
+        util.ask(lambda prompts, responses: scores, ["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor], ids=["list", "tuple", "tensor"])
+def test_a_reward_may_come_as_any_row_of_numbers(kind):
+    assert util.ask(lambda p, r: kind([1, 2.5]), ["a", "b"], ["c", "d"]).tolist() == [1.0, 2.5]
+
+
+# -------------------------------------------------------------------------------------- alerts
+
+FINE = {"kl": 1.0, "empty": 0.0, "eos": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"kl": 11.0}, "kl_limit"), ({"empty": 0.6}, "empty"), ({"eos": 0.4}, "max_new_tokens")],
+)
+def test_alerts_name_what_is_wrong_and_what_to_do(change, word):
+    assert trouble.alerts(FINE, 10.0) == {}
+    ((_, sentence),) = trouble.alerts(FINE | change, 10.0).items()
+    assert word in sentence and "Raise" in sentence
+
+
+def test_a_limit_of_zero_means_no_alert():
+    assert trouble.alerts(FINE | {"kl": 1e6}, 0) == {}
+
+
+def test_an_alert_is_said_when_it_comes_up_and_once(tmp_path, capsys):
+    with Stage(tmp_path, "rlhf", {}) as stage:
+        risen = {"kl": "KL is too large."}
+        stage.alert({}, risen, stop=False)
+        stage.alert(risen, risen, stop=False)
+        assert capsys.readouterr().out.count("KL is too large.") == 1
+        with pytest.raises(CourseError, match="KL is too large.*stop_on_alert"):
+            stage.alert(risen, risen, stop=True)
+        stage.alert(risen, {}, stop=True)
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+def test_errors_of_the_machine_are_sentences_and_others_are_left_alone():
+    full = OSError(errno.ENOSPC, "No space left on device", "model/x")
+    assert "disk is full (model/x)" in trouble.explained(full)
+    assert "disk is full" in trouble.explained(Exception("I/O error (os error 28)"))
+    assert "permission" in trouble.explained(PermissionError(errno.EACCES, "no", "model"))
+    assert "Memory ran out" in trouble.explained(torch.OutOfMemoryError(OUT_OF_MEMORY))
+    assert trouble.explained(ValueError("wrong")) is None
+    assert trouble.explained(ConnectionError(errno.ECONNREFUSED, "refused")) is None
+
+
+def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
+    said = []
+    cfg = util.Config("smoke", max_prompt=6, max_new_tokens=4)
+    util.note_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
+    prompts = [len(tokenizer(row["prompt"])["input_ids"]) > 6 for row in [*ROWS, ROWS[0]]]
+    assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "front" in said[0]
+    assert "max_new_tokens" in said[1] and "end" in said[1]
+    assert said[2].startswith("1 of 9 rows are copies")
+    roomy = util.Config("smoke", max_prompt=500, max_new_tokens=500)
+    util.note_texts(said.append, tokenizer, ROWS, ["response"], roomy)
+    assert len(said) == 3, "nothing to say, nothing said"
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "my gpu"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
+    with pytest.raises(CourseError, match=f"device = '{name}' is not there.*cpu"):
+        util.pick_device(util.Config("smoke", device=name))
