@@ -43,7 +43,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lab import CourseError, world
+from lab import CourseError, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import apart, read_rows, with_pairs
 from lab.runs import Stage, artifact
@@ -77,7 +77,9 @@ def load_rows(cfg, share, needs=("prompt",)):
     stop = start + getattr(cfg, f"{share}_share")
     chosen = order[round(start * len(rows)) : round(stop * len(rows))]
     if not chosen:
-        raise CourseError(f"{share}_share = {stop - start:g} of {len(rows)} rows leaves none.")
+        raise CourseError(
+            f"{share}_share = {stop - start:g} of {len(rows)} rows is none: raise it."
+        )
     return [rows[i] for i in chosen]
 
 
@@ -127,6 +129,8 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise CourseError(f"The tokenizer in {path} has no eos token, so no answer could end.")
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CourseError(f"The tokenizer in {path} knows no words: its files are missing.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -218,6 +222,7 @@ def tiny_model(cfg, tokenizer):
 
 
 SAFE = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+MISFITS = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # `checked` refuses them
 
 
 def load_actor(path, cfg):
@@ -228,9 +233,8 @@ def load_actor(path, cfg):
 def load(kind, path, cfg, may_lack="", **extra):
     """A model with all its weights: one that is not in the file would be random, without a word."""
     with loading(path):
-        model, found = kind.from_pretrained(path, output_loading_info=True, **SAFE, **extra)
-    if lost := [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]:
-        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
+        model, found = kind.from_pretrained(path, **MISFITS, **SAFE, **extra)
+    trouble.checked(path, found, may_lack)
     return model.to(pick_device(cfg)).eval()
 
 
@@ -682,7 +686,8 @@ def stack(pieces):
 
 def ask(reward, prompts, responses):
     """The reward of each answer, (B,). A reward that is no number would spoil every weight."""
-    scores = torch.tensor([float(score) for score in reward(prompts, responses)])
+    with trouble.judging():
+        scores = torch.tensor([float(score) for score in reward(prompts, responses)])
     if len(scores) != len(prompts) or not scores.isfinite().all():
         raise CourseError(
             f"The reward must give a finite number for each of {len(prompts)} answers; it gave "
@@ -804,11 +809,11 @@ def choose_base(cfg):
         return "tiny", f"There is no GPU here, so {made}"
     name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
     try:
-        load_actor(name, cfg), load_tokenizer(name)
+        ready_pair(cfg, name, name)
         return name, f"The base model is {name}."
     except CourseError as error:
         if not cfg.fallback:
-            raise
+            raise CourseError(f"{error} Choose another base_model, or fallback = True.") from None
         return "tiny", f"{error} So {made}"
 
 
@@ -819,7 +824,7 @@ def train_base(cfg):
         if source == "tiny":
             model, tokenizer = yield from pretrain(cfg, stage)
         else:
-            model, tokenizer = load_actor(source, cfg), load_tokenizer(source)
+            tokenizer, model = ready_pair(cfg, source, source)
             yield stage.log({"step": 1, "steps": 1})
         finish(stage, model, tokenizer, {"preset": "tiny" if source == "tiny" else "colab"})
         tokenizer.save_pretrained(Path(cfg.root) / "tokenizer")
@@ -831,6 +836,7 @@ def pretrain(cfg, stage):
     sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
     data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer).to(pick_device(cfg))
+    trouble.enough(cfg, data)
     rates, size = [(model.train(), cfg.pretrain_lr)], cfg.pretrain_batch
     optimiser = Optimiser(cfg, rates, cfg.pretrain_steps, batch=size, say=stage.say)
     yield from stage.past
@@ -879,6 +885,8 @@ def train_actor(cfg):
         tokenizer, model = load_pair(cfg, "base")
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
         held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
+        if not rows:
+            raise CourseError(f"validation_rows = {len(held)} leaves none of {len(held)} rows.")
         note_texts(stage.say, tokenizer, rows, ["response"], cfg)
         plan = epochs(cfg, "sft", len(rows), cfg.actor_batch, cfg.actor_epochs)
         rates, loss_of = [(model, cfg.actor_lr)], partial(sft_loss, model, tokenizer, cfg)
@@ -897,17 +905,13 @@ def train_actor(cfg):
 
 def load_pair(cfg, name):
     """Tokenizer and language model of a finished stage."""
-    folder = artifact(cfg.root, name)
-    tokenizer, model = load_tokenizer(folder), load_actor(folder, cfg)
-    embedded = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embedded:
-        problem = f"The tokenizer in model/{name} knows {len(tokenizer)} tokens, its model only"
-        raise CourseError(f"{problem} {embedded}: they do not belong together.")
-    longest = cfg.max_prompt + cfg.max_new_tokens
-    room = getattr(model.config, "max_position_embeddings", longest)
-    if longest > room:
-        problem = f"max_prompt + max_new_tokens = {longest}, but model/{name} reads"
-        raise CourseError(f"{problem} {room} tokens at most.")
+    return ready_pair(cfg, artifact(cfg.root, name), f"model/{name}")
+
+
+def ready_pair(cfg, source, name):
+    """The same from any source, after checking that they fit each other and the parameters."""
+    model, tokenizer = load_actor(source, cfg), load_tokenizer(source)
+    trouble.suited(cfg, tokenizer, model, name)
     return tokenizer, model
 
 
@@ -1153,6 +1157,7 @@ def look(crew, prompts, cfg):
     return [{name: row[name] for name in ("prompt", "response", "reward", "kl")} for row in answers]
 
 
+@trouble.in_words
 @torch.no_grad()
 def evaluate(crew, rows, cfg, generator, *, temperature=None):
     """One answer of the policy to each row: text, judge's score, reward, KL, length, eos.
@@ -1179,12 +1184,13 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
     return results
 
 
+@trouble.in_words
 @torch.no_grad()
 def judge_critic(critic, tokenizer, rows, cfg):
     """The reward model on held-out pairs: both scores of each, and the kind."""
     rows, results = with_pairs(rows), []
     if not rows:
-        raise CourseError("eval.json has no row with chosen and rejected to measure the critic on.")
+        raise CourseError("eval.json needs rows with chosen and rejected to measure the critic on.")
     for part in chunks(rows, cfg.eval_batch):
         scores = zip(part, *(s.tolist() for s in pair_scores(critic.eval(), tokenizer, part, cfg)))
         for row, chosen, rejected in scores:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lab import CourseError
 from lab.runs import NOTEBOOKS
+from lab.trouble import explained
 
 HOME = Path(__file__).resolve().parent.parent  # the notebooks lie here, wherever one stands
 STAGES = {  # subcommand: its folder in model/, its name in the metadata of Config
@@ -94,8 +95,13 @@ def from_yaml(path):
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CourseError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise CourseError(f"{path} cannot be read ({error.strerror}).") from None
+    except yaml.MarkedYAMLError as error:
+        place = f"{path}, line {error.problem_mark.line + 1}"
+        raise CourseError(f"{place}: this is not valid YAML ({error.problem}).") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise CourseError(f"{path} cannot be read: it must be YAML, saved as UTF-8.") from None
     if not isinstance(values, dict):
         raise CourseError(f"{path} must hold lines like `kl_coef: 0.1`.")
     return {str(name): value for name, value in values.items() if value is not None}
@@ -234,6 +240,11 @@ def main(argv=None):
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, Failed) else 2
+    except OSError as error:  # a full or closed disk, a file in the way
+        if (told := explained(error)) is None:
+            raise
+        print(told, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nStopped. What was finished stays.", file=sys.stderr)
         return 130

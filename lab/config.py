@@ -121,22 +121,31 @@ class Config(Settings):
         base = Path(root) / "model" / "base" / "stage.json"
         if preset == "auto" and base.exists():
             record = read_record(root, "base")
-            given = record["config"]["preset"]
-            preset = record["metrics"]["preset"] if given == "auto" else given
+            given = record["config"].get("preset")
+            preset = record["metrics"].get("preset") if given == "auto" else given
+            if preset not in cls.presets:
+                raise CourseError(f"{base} cannot be read: run 0_download.ipynb again.")
         return cls(preset, root=root, **values)
 
     def check(self):
         """Raises on what cannot work, with the numbers in the message."""
         shares = self.sft_share, self.preference_share, self.prompt_share
         for name, fine, rule in (
-            ("sft_share", min(shares) >= 0 and sum(shares) <= 1.0001, "shares add up to at most 1"),
-            ("minibatch", 1 <= self.minibatch <= self.rollout, "between 1 and rollout"),
-            ("hidden_size", self.hidden_size % self.heads == 0, "a multiple of heads"),
-            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
-            ("lam", 0 <= self.lam <= 1, "between 0 and 1"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("warmup", 0 <= self.warmup < 1, "at least 0, below 1"),
-            ("norm_answers", self.norm_answers >= 2, "at least 2: a spread needs two answers"),
+            (
+                "sft_share",
+                min(shares) >= 0 and sum(shares) <= 1.0001,
+                "the shares must add up to at most 1",
+            ),
+            ("minibatch", 1 <= self.minibatch <= self.rollout, "it must lie between 1 and rollout"),
+            ("hidden_size", self.hidden_size % self.heads == 0, "it must be a multiple of heads"),
+            ("seed", self.seed < 2**63, "it must be below 2 to the power of 63"),
+            ("beta1", self.beta1 < 1, "it must be at least 0, below 1"),
+            ("beta2", self.beta2 < 1, "it must be at least 0, below 1"),
+            ("gamma", 0 <= self.gamma <= 1, "it must lie between 0 and 1"),
+            ("lam", 0 <= self.lam <= 1, "it must lie between 0 and 1"),
+            ("temperature", self.temperature > 0, "it must be above 0"),
+            ("warmup", 0 <= self.warmup < 1, "it must be at least 0, below 1"),
+            ("norm_answers", self.norm_answers >= 2, "a spread needs two answers or more"),
         ):
             if not fine:
                 raise CourseError(f"{name} = {getattr(self, name)!r} is impossible: {rule}.")

@@ -3,6 +3,7 @@
 import difflib
 import json
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ def read_rows(path, needs=("prompt",)):
     One JSON object a line, or one JSON list. A prompt without the dialogue frame gets it.
     """
     path, rows, troubles, needs = Path(path), [], {}, dict.fromkeys(("prompt", *needs))
-    try:
+    with reading(path):
         for place, row in entries(path):
             trouble = row if isinstance(row, Trouble) else trouble_of(row, needs)
             if trouble:
@@ -34,18 +35,25 @@ def read_rows(path, needs=("prompt",)):
             else:
                 rows.append(row)
                 row["prompt"] = framed(row["prompt"])
-    except FileNotFoundError:
-        message = f"{path} is not there: `python -m lab world` writes the embedded data."
-        raise CourseError(message) from None
-    except OSError as error:
-        message = f"{path} cannot be read ({error.strerror}): it must be a file you may read."
-        raise CourseError(message) from None
     for what, ((place, remedy), *more) in troubles.items():
         first = f" (the first of {len(more) + 1})" if more else ""
         raise CourseError(f"{path}, {place}{first}: {what}{remedy}")
     if not rows:
         raise CourseError(f"{path} holds no rows{LAYOUT}")
     return rows
+
+
+@contextmanager
+def reading(path):
+    """What keeps a file from being read, in a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        message = f"{path} is not there: `python -m lab world` writes the embedded data."
+        raise CourseError(message) from None
+    except OSError as error:
+        message = f"{path} cannot be read ({error.strerror}): it must be a file you may read."
+        raise CourseError(message) from None
 
 
 def entries(path):
@@ -64,7 +72,7 @@ def entries(path):
                 else:
                     yield from ((f"row {i}", row) for i, row in enumerate(found, 1))
             elif line.strip():
-                yield f"line {number}", parsed(decode, line)
+                yield f"line {number}", parsed(decode, line.rstrip("\r\n"))
 
 
 def no_constant(name):

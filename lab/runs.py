@@ -1,5 +1,6 @@
 """Runs and what they leave behind: whole folders or none, and every number that was measured."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,15 +19,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lab import CourseError
-from lab.trouble import explained
-
-NOTEBOOKS = {
-    "base": "0_download.ipynb",
-    "actor": "1_actor.ipynb",
-    "critic": "2_critic.ipynb",
-    "rlhf": "3_rlhf.ipynb",
-    "report": "4_test.ipynb",
-}
+from lab.data import reading
+from lab.trouble import NOTEBOOKS, explained, reason_of
 
 
 def digest(*paths):
@@ -45,6 +39,13 @@ def artifact(root, name):
     lost = [f for f, size in record["files"].items() if file_size(folder / f) != size]
     if lost:
         raise CourseError(f"model/{name} is damaged ({lost[0]}): run {NOTEBOOKS[name]} again.")
+    weights = [f for f in record["files"] if f.endswith(".safetensors")] or record["files"]
+    stamps = [(folder / f, (folder / f).stat().st_mtime_ns) for f in weights]
+    if fingerprint(tuple(stamps)) != record["id"]:
+        raise CourseError(
+            f"model/{name} is damaged (other weights than were written): run {NOTEBOOKS[name]} "
+            "again."
+        )
     for source, made_from in record["inputs"].items():
         if read_record(root, source)["id"] != made_from:
             raise CourseError(
@@ -53,6 +54,12 @@ def artifact(root, name):
             )
         artifact(root, source)
     return folder
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(stamps):
+    """The hash of some files; once for files that have not changed since."""
+    return digest(*(path for path, _ in stamps))
 
 
 def recover(root, name):
@@ -73,13 +80,14 @@ def read_record(root, name):
         raise CourseError(f"model/{name} was not made by this course: {MOVE.format(name)}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        stage, *_ = (record[key] for key in ("stage", "id", "files", "inputs", "config", "metrics"))
+        kinds = dict(stage=str, id=str, files=dict, inputs=dict, config=dict, metrics=dict)
+        if not all(isinstance(record[key], kind) for key, kind in kinds.items()):
+            raise ValueError
+        made_by = NOTEBOOKS[record["stage"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise CourseError(f"{path} cannot be read: run {NOTEBOOKS[name]} again.") from None
-    if stage != name:
-        raise CourseError(
-            f"model/{name} holds the result of {NOTEBOOKS[stage]}: {MOVE.format(name)}"
-        )
+    if record["stage"] != name:
+        raise CourseError(f"model/{name} holds the result of {made_by}: {MOVE.format(name)}")
     return record
 
 
@@ -140,7 +148,10 @@ class Stage:
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
         for source in inputs:
             artifact(root, source)
-        self.data = {Path(path).name: digest(path) for path in data}
+        self.data = {}
+        for path in data:
+            with reading(path):
+                self.data[Path(path).name] = digest(path)
         self.target = self.root / "model" / name
         self.folder = self.target.with_name(f".{name}.partial")
         self.kept = self.target.with_name(f".{name}.checkpoints")
@@ -207,8 +218,7 @@ class Stage:
             for path in self.folder.iterdir():
                 if path.name not in note["sizes"]:
                     path.unlink()
-            text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-            self.past = [json.loads(line) for line in text.splitlines()]
+            self.past = note["past"]
             return folder
         if found:
             self.say("the checkpoints of a stopped run are damaged; starting afresh.")
@@ -222,7 +232,11 @@ class Stage:
             fine = all(file_size(path) == size for path, size in parts.items())
             logs = {self.folder / name: size for name, size in note["sizes"].items()}
             fine &= all((file_size(path) or 0) >= size for path, size in logs.items())
-            return note if fine and {"step", "state", "notes", "plan"} <= set(note) else None
+            fine &= {"step", "state", "notes"} <= set(note)
+            fine &= set(note["plan"]) == set(self.plan())
+            text = (self.folder / "metrics.jsonl").read_bytes()[: note["sizes"]["metrics.jsonl"]]
+            note["past"] = [json.loads(line) for line in text.decode().splitlines()]
+            return note if fine else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -279,9 +293,7 @@ class Stage:
             accelerator.load_state(self.checkpoint)
             return json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
         except Exception as error:  # pickle, safetensors, torch and the disk have many kinds
-            reason = (
-                str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
-            )
+            reason = reason_of(error)
             raise CourseError(
                 f"model/{self.kept.name}/{self.checkpoint.name} cannot be loaded "
                 f"({reason}): delete that folder to go on from the one before, or set resume = "
@@ -374,6 +386,7 @@ class Stage:
 
 
 FREE = {  # a stopped run goes on whatever these say
+    "root",  # a course may move
     "resume", "resume_changed", "checkpoint_every", "kl_limit", "stop_on_alert", "cpu_fallback",
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ class Settings:
 
 
 def nearest(name, known):
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."
 
 
@@ -57,7 +57,7 @@ def converted(name, value, kind):
         if kind is str and isinstance(value, str):
             return value
         number = kind in (int, float) and not isinstance(value, bool)
-        if number and kind(value) == float(value):
+        if number and (kind is float or isinstance(value, int) or kind(value) == float(value)):
             return kind(value)
     except (TypeError, ValueError, OverflowError):
         pass

@@ -1,12 +1,22 @@
 """What goes wrong while a model trains: memory, disks, answers. Each said in a sentence."""
 
 import errno
+import functools
 import re
+import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 from lab import CourseError
 from lab.data import repeated
 
+NOTEBOOKS = {
+    "base": "0_download.ipynb",
+    "actor": "1_actor.ipynb",
+    "critic": "2_critic.ipynb",
+    "rlhf": "3_rlhf.ipynb",
+    "report": "4_test.ipynb",
+}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 ODD = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
@@ -45,12 +55,18 @@ def find_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # there is a device without numbers, "meta"
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):  # torch has one for each backend
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         known = ", ".join(["auto", "cpu", *gpus])
         raise CourseError(f"device = {name!r} is not there: this machine has {known}.") from None
+
+
+def reason_of(error):
+    """The first line of an error, without torch's advice to trust a file all the same."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")
+    return "it holds more than tensors" if re.search("weights.only", text, re.I) else text
 
 
 @contextmanager
@@ -59,8 +75,74 @@ def loading(path):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise CourseError(f"{path} will not load ({reason}).") from None
+        reason = reason_of(error)
+        record = Path(path) / "stage.json"
+        remedy = f" Run {NOTEBOOKS[Path(path).name]} again." if record.exists() else ""
+        raise CourseError(f"{path} will not load ({reason}).{remedy}") from None
+
+
+@contextmanager
+def judging():
+    """An error of a reward of one's own, with the line of code that raised it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CourseError) or out_of_memory(error):
+            raise
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise CourseError(
+            f"The reward failed ({Path(line.filename).name}, line {line.lineno}: "
+            f"{type(error).__name__}: {error}). It must give a finite number for each answer."
+        ) from error
+
+
+def in_words(function):
+    """The function, with errors of the machine as sentences."""
+
+    @functools.wraps(function)
+    def told(*args, **more):
+        try:
+            return function(*args, **more)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if (sentence := explained(error)) is None:
+                raise
+        raise CourseError(sentence)
+
+    return told
+
+
+def checked(path, found, may_lack):
+    """Raises where a model's file lacks weights, which would be random, or has misfits."""
+    lost = [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]
+    if lost:
+        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
+    for name, there, wanted in found["mismatched_keys"]:
+        shapes = f"the shape {tuple(there)}, not {tuple(wanted)}"
+        raise CourseError(f"{path} will not load: {name} has {shapes}.")
+
+
+def suited(cfg, tokenizer, model, name):
+    """Raises where a model cannot read what its tokenizer or the parameters will give it."""
+    embedded = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        problem = f"The tokenizer in {name} knows {len(tokenizer)} tokens, its model only"
+        raise CourseError(f"{problem} {embedded}: they do not belong together.")
+    longest = cfg.max_prompt + cfg.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", longest)
+    if longest > room:
+        problem = f"max_prompt + max_new_tokens = {longest}, but {name} reads"
+        raise CourseError(f"{problem} {room} tokens at most.")
+
+
+def enough(cfg, blocks):
+    """Raises where pretraining has no text, or text too short for what comes later."""
+    longest = cfg.max_prompt + cfg.max_new_tokens
+    if cfg.pretrain_length < longest:
+        problem = f"pretrain_length = {cfg.pretrain_length} is impossible: at least"
+        raise CourseError(f"{problem} max_prompt + max_new_tokens = {longest}.")
+    if not len(blocks):
+        problem = f"pretrain_documents = {cfg.pretrain_documents} is impossible: their text is"
+        raise CourseError(f"{problem} shorter than pretrain_length = {cfg.pretrain_length} tokens.")
 
 
 def note_texts(say, tokenizer, rows, answers, cfg):
@@ -95,7 +177,7 @@ def in_pieces(work, state, name, say, leave=None):
         if state[name] > 1:
             state[name] = (state[name] + 1) // 2
             say(
-                f"memory ran out: going on with {state[name]} rows at once; the update is the same."
+                f"memory ran out: going on with {state[name]} rows at once; the result is the same."
             )
         else:
             leave()

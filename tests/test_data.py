@@ -318,7 +318,7 @@ def test_any_shares_are_disjoint(a, b, c, count):
             try:
                 seen += util.load_rows(util.Config("tiny", **shares), share)
             except CourseError as error:
-                assert "leaves none" in str(error)
+                assert "is none" in str(error)
     assert len(seen) == len(set(seen))
 
 
