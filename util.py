@@ -125,7 +125,7 @@ def train_tokenizer(texts, vocab_size):
 
 def load_tokenizer(path):
     """A tokenizer from a folder or the hub. One without padding pads with its eos: masks tell."""
-    with loading(path):
+    with loading(path, "its tokenizer: "):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise CourseError(f"The tokenizer in {path} has no eos token, so no answer could end.")

@@ -85,7 +85,7 @@ def score_histogram(pairs):
         ax.hist(part["rejected"], bins, color=ORANGE, alpha=0.6, label="rejected")
         ax.hist(part["chosen"], bins, color=BLUE, alpha=0.6, label="chosen")
         right = (part["chosen"] > part["rejected"]).mean()
-        ax.set(title=f"{kind}: {right:.0%} right", xlabel="score", ylabel="pairs")
+        ax.set(title=f"{plain(kind)}: {right:.0%} right", xlabel="score", ylabel="pairs")
     axes[0].legend()
     return figure
 
@@ -120,7 +120,7 @@ def judged_bars(models):
         ax.errorbar(x[-1:], heights[-1:], spread, color="black", capsize=4)
         for place, height in zip(x, heights):
             ax.text(place, height + 0.03, f"{height:.2f}", ha="center", fontsize=8)
-    ax.set_xticks(range(len(kinds) + 1), [*kinds, "all kinds"])
+    ax.set_xticks(range(len(kinds) + 1), [*map(plain, kinds), "all kinds"])
     ax.set(ylabel="judge's score", ylim=(0, 1.25), title="Judged by the truth (temperature 1)")
     ax.legend(loc="upper left", ncols=3, frameon=False)
     return figure

@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 
 from lab import CourseError
 from lab.data import reading
-from lab.trouble import NOTEBOOKS, explained, reason_of
+from lab.hub import reason_of
+from lab.trouble import NOTEBOOKS, explained
 
 
 def digest(*paths):

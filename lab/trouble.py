@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lab import CourseError
 from lab.data import repeated
+from lab.hub import reach, reason_of
 
 NOTEBOOKS = {
     "base": "0_download.ipynb",
@@ -63,19 +64,14 @@ def find_device(name):
         raise CourseError(f"device = {name!r} is not there: this machine has {known}.") from None
 
 
-def reason_of(error):
-    """The first line of an error, without torch's advice to trust a file all the same."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")
-    return "it holds more than tensors" if re.search("weights.only", text, re.I) else text
-
-
 @contextmanager
-def loading(path):
+def loading(path, part=""):
     """Whatever a hub, a disk or a file format can do wrong, in one sentence."""
     try:
+        reach(path)
         yield
     except Exception as error:
-        reason = reason_of(error)
+        reason = part + reason_of(error)
         record = Path(path) / "stage.json"
         remedy = f" Run {NOTEBOOKS[Path(path).name]} again." if record.exists() else ""
         raise CourseError(f"{path} will not load ({reason}).{remedy}") from None

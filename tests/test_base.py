@@ -66,21 +66,6 @@ def test_later_notebooks_take_the_preset_that_suits_the_base_model(ready, root):
     assert util.Config.of(root=str(root), actor_lr=0.5).actor_lr == 0.5
 
 
-def test_weights_in_a_pickle_are_never_loaded(ready, tmp_path):
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((ready / name).read_bytes())
-    marker = tmp_path / "executed"
-
-    class Evil:
-        def __reduce__(self):
-            return (marker.touch, ())
-
-    torch.save({"lm_head.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CourseError, match="will not load"):
-        util.choose_base(util.Config("smoke", base_model=str(tmp_path), fallback=False))
-    assert not marker.exists()
-
-
 def test_texts_longer_than_the_model_can_read_are_refused_in_numbers(ready, root):
     wanted = dict(base_model=str(ready), max_prompt=120, fallback=False)
     with pytest.raises(CourseError, match="= 136, but .* reads 128 tokens at most"):

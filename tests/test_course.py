@@ -2,18 +2,29 @@
 
 import json
 import math
+import os
+import secrets
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 HOME = Path(__file__).resolve().parent.parent
 TIMES = {"seconds", "seconds_rollout"}
+SECRETS = {
+    name: prefix + secrets.token_hex(16)
+    for name, prefix in {
+        "HF_TOKEN": "hf_", "OPENAI_API_KEY": "sk-", "WANDB_API_KEY": "", "MY_PASSWORD": "",
+        "token": "hf_",  # a file in HF_HOME
+    }.items()
+}  # fmt: skip
 
 
-def course(root, command="course", *arguments):
+def course(root, command="course", *arguments, env=None):
     return subprocess.run(
         [
             sys.executable,
@@ -27,10 +38,18 @@ def course(root, command="course", *arguments):
             *arguments,
         ],
         cwd=HOME,
+        env=env,
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+def cut_off(note):
+    """An environment in which no Python reaches the network. Who tries is written to `note`."""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    kept = {name: value for name, value in os.environ.items() if name not in offline}
+    return kept | {"PYTHONPATH": str(HOME / "tests" / "blocked"), "TRIED": str(note)}
 
 
 def figures(root):
@@ -46,12 +65,15 @@ def figures(root):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder in which the course has run once."""
+    """A folder in which the course has run once, on a machine that keeps secrets."""
     root = tmp_path_factory.mktemp("course")
     shutil.copytree(HOME / "dataset", root / "dataset")
-    done = course(root)
+    home = tmp_path_factory.mktemp("home")
+    (home / "token").write_text(SECRETS["token"])
+    done = course(root, env=os.environ | SECRETS | {"HF_HOME": str(home)})
     assert done.returncode == 0, done.stdout + done.stderr
     (root / "printed.txt").write_text(done.stdout)
+    (root / "errors.txt").write_text(done.stderr)
     return root
 
 
@@ -129,11 +151,33 @@ def test_models_load_with_plain_transformers(root):
         )
 
 
-def test_a_second_run_gives_the_same_numbers(root):
-    first = figures(root)
-    done = course(root)
+def test_no_secret_of_the_machine_is_printed_or_written(root):
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert len(files) > 30 and root / "model" / "notebooks" / "4_test.ipynb" in files
+    for path in files:
+        data = path.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in data], path
+
+
+def test_a_second_run_without_a_network_gives_the_same_numbers(root, tmp_path):
+    first, note = figures(root), tmp_path / "tried.txt"
+    done = course(root, "course", "--set", "base_model=tiny", env=cut_off(note))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not note.exists(), note.read_text()
     assert figures(root) == first
+
+
+def test_without_a_network_means_that_a_notebook_cannot_reach_one(tmp_path, monkeypatch):
+    """Otherwise the test above would prove nothing."""
+    for name, value in cut_off(tmp_path / "tried.txt").items():
+        monkeypatch.setenv(name, value)
+    call = "import socket; socket.create_connection(('192.0.2.1', 80))"
+    plain = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    assert "OSError: no network" in plain.stderr
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(call)])
+    NotebookClient(book, kernel_name="python3", allow_errors=True).execute()
+    assert book.cells[0].outputs[0].evalue.startswith("no network in this test: ('192.0.2.1'")
+    assert (tmp_path / "tried.txt").read_text().count("192.0.2.1") >= 2
 
 
 def test_a_stage_out_of_order_names_the_notebook(root, tmp_path):

@@ -514,7 +514,9 @@ def gamma_of_two(course):
     course.changes |= dict(gamma=2)
 
 
-@fault(PARAMETERS, "parameters", r"sft_share = 0\.9 is impossible: .*shares must add up to at most 1")
+@fault(
+    PARAMETERS, "parameters", r"sft_share = 0\.9 is impossible: .*shares must add up to at most 1"
+)
 def shares_above_one(course):
     """sft_share = 0.9 beside the other shares"""
     course.changes |= dict(sft_share=0.9)
