@@ -15,6 +15,7 @@ from pygments.lexers import PythonLexer
 from tqdm import tqdm
 
 from lab import report
+from lab.data import repeated
 from lab.runs import artifact, read_record, versions
 from lab.world import judge, knows
 
@@ -115,7 +116,8 @@ def make_up(train, evals):
     table = {}
     for name, rows in (("train", train), ("eval", evals)):
         judged = [row for row in rows[:2000] if knows(row)]
-        column = {"rows": len(rows), "words of a prompt (median)": median_words(rows)}
+        column = {"rows": len(rows), "copies of another row": repeated(rows)}
+        column["words of a prompt (median)"] = median_words(rows)
         kinds = pd.Series([row.get("kind", "all") for row in rows]).value_counts(normalize=True)
         column |= {f"share of {kind}": f"{share:.0%}" for kind, share in sorted(kinds.items())}
         if judged:
