@@ -1,7 +1,7 @@
 """RLHF on one blackboard: everything the course teaches, to be read from top to bottom.
 
 Contents
-    1. Device and luck     where it runs; a random generator for every purpose
+    1. Luck                a random generator for every purpose
     2. Data                rows, their shares, batches
     3. Tokens              prompts padded on the left, answers on the right
     4. Models              base, actor, critic: plain Hugging Face models
@@ -25,37 +25,27 @@ import hashlib
 import inspect
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DynamicCache,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import DynamicCache
 
-from lab import CourseError, trouble, world
+from lab import CourseError, models, trouble, world
 from lab.config import Config  # noqa: F401
-from lab.data import apart, read_rows, with_pairs
+from lab.data import apart, turns, with_pairs
+from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
+from lab.rewards import Ensemble, ask, models_in, named, normalised, parse, read_dataset
 from lab.runs import Stage, artifact
-from lab.trouble import Sturdy, alerts, find_device, loading, note_texts
+from lab.tiny import blocks, tiny_model, train_tokenizer
+from lab.tracking import mean_of, rollout_metrics, samples_of
+from lab.trouble import Sturdy, alerts, note_texts
 
 # ------------------------------------------------------------------------------------------------
-# 1. Device and luck
-
-
-def pick_device(cfg):
-    """The first GPU or the CPU for "auto"; otherwise what was asked for, if it is there."""
-    return find_device(cfg.device)
+# 1. Luck
 
 
 def dice(cfg, *purpose):
@@ -70,7 +60,7 @@ def dice(cfg, *purpose):
 
 def load_rows(cfg, share, needs=("prompt",)):
     """The rows of train.json that belong to one stage: "sft", "preference" or "prompt"."""
-    rows = read_rows(Path(cfg.root) / "dataset" / "train.json", needs)
+    rows = read_dataset(cfg, "train.json", needs)
     order = torch.randperm(len(rows), generator=dice(cfg, "shares")).tolist()
     first = {"sft": 0, "preference": cfg.sft_share}
     start = first.get(share, cfg.sft_share + cfg.preference_share)
@@ -85,10 +75,9 @@ def load_rows(cfg, share, needs=("prompt",)):
 
 def load_eval_rows(cfg):
     """The first rows of eval.json, after making sure that no training has seen one of them."""
-    path, train = (Path(cfg.root) / "dataset" / name for name in ("eval.json", "train.json"))
-    rows = read_rows(path)
-    if train.exists():
-        apart(read_rows(train), rows, path)
+    rows = read_dataset(cfg, "eval.json")
+    if (Path(cfg.root) / "dataset" / "train.json").exists():
+        apart(read_dataset(cfg, "train.json"), rows, "eval.json")
     return rows[: cfg.test_rows]
 
 
@@ -106,46 +95,28 @@ def epochs(cfg, purpose, count, size, laps):
 # 3. Tokens
 
 
-def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE: any text can be written, and words that occur often become one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="</s>"
-    )
-
-
-def load_tokenizer(path):
-    """A tokenizer from a folder or the hub. One without padding pads with its eos: masks tell."""
-    with loading(path, "its tokenizer: "):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise CourseError(f"The tokenizer in {path} has no eos token, so no answer could end.")
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise CourseError(f"The tokenizer in {path} knows no words: its files are missing.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def encode_prompt(tokenizer, prompt, limit):
-    """Token ids of a prompt. One that is too long loses its front, so that "Assistant:" stays."""
-    ids = tokenizer(prompt)["input_ids"]
+    """Token ids of a prompt, in the frame that its tokenizer is used to.
+
+    One that is too long loses its front, so that the question's end and "Assistant:" stay.
+    """
+    if own_frame(tokenizer):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        text = models.in_template(tokenizer, turns(prompt))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[len(ids) - limit :] if len(ids) > limit else ids
+
+
+def own_frame(tokenizer):
+    """Whether dialogues look like "Human: ... Assistant: ...", as the data has them."""
+    return tokenizer.chat_template in (None, models.FRAME)
 
 
 def encode_answer(tokenizer, answer, limit):
     """Token ids of an answer, eos at its end: a model learns to stop only where it sees a stop."""
-    eos = tokenizer.eos_token_id
-    ids = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"] + [eos]
+    eos, space = tokenizer.eos_token_id, " " if own_frame(tokenizer) else ""
+    ids = tokenizer(space + answer.strip(), add_special_tokens=False)["input_ids"] + [eos]
     return ids[: min(ids.index(eos), limit - 1)] + [eos]
 
 
@@ -199,60 +170,6 @@ def as_ids(token_id, device):
 # 4. Models
 
 
-def tiny_model(cfg, tokenizer):
-    """A small OPT with random weights. At this width OPT's own 0.02 learns to copy far later."""
-    shape = OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=cfg.hidden_size,
-        word_embed_proj_dim=cfg.hidden_size,
-        ffn_dim=4 * cfg.hidden_size,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        max_position_embeddings=cfg.pretrain_length,
-        init_std=cfg.init_std,
-        dropout=0.0,
-        attention_dropout=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return OPTForCausalLM(shape)
-
-
-SAFE = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-MISFITS = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # `checked` refuses them
-
-
-def load_actor(path, cfg):
-    """A causal language model in float32: half precision would lose small updates."""
-    return load(AutoModelForCausalLM, path, cfg)
-
-
-def load(kind, path, cfg, may_lack="", **extra):
-    """A model with all its weights: one that is not in the file would be random, without a word."""
-    with loading(path):
-        model, found = kind.from_pretrained(path, **MISFITS, **SAFE, **extra)
-    trouble.checked(path, found, may_lack)
-    return model.to(pick_device(cfg)).eval()
-
-
-def load_scorer(path, cfg):
-    """A model with one number per token on top: reward model and value model alike.
-
-    A language model gets its new head set to zero, so that every score starts out equal.
-    """
-    with loading(path):
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    fresh = not any("SequenceClassification" in name for name in shape.architectures or [])
-    kind, head = AutoModelForSequenceClassification, "score" if fresh else ""
-    model = load(kind, path, cfg, may_lack=head, num_labels=1)
-    if fresh:
-        torch.nn.init.zeros_(model.score.weight)
-    return model
-
-
 def positions(mask):
     """Position ids that count real tokens only: padding on the left must not shift the text."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -260,10 +177,15 @@ def positions(mask):
 
 def call(model, ids, mask, **extra):
     """One forward pass over left-padded rows, with what this model's forward understands."""
-    understood = inspect.signature(model.forward).parameters
+    understood = inspect.signature(inner(model).forward).parameters
     extra["position_ids"] = positions(mask)[:, -ids.shape[1] :]
     extra = {name: value for name, value in extra.items() if name in understood}
     return model(input_ids=ids, attention_mask=mask.long(), **extra)
+
+
+def inner(model):
+    """The model itself, where adapters are wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def before_each_token(prompt_ids, prompt_mask, response_ids, response_mask):
@@ -282,6 +204,7 @@ def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
 
 def token_scores(scorer, ids, mask):
     """The scorer's number at every token, (B, T)."""
+    scorer = inner(scorer)
     body = getattr(scorer, scorer.base_model_prefix)
     hidden = call(body, ids, mask, use_cache=False).last_hidden_state
     return scorer.score(hidden)[..., 0].float()
@@ -420,6 +343,14 @@ def masked_mean(x, mask):
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
+def mean_over(x, mask, unit="token"):
+    """Mean over tokens, in which long answers weigh more, or over answers' own means."""
+    if unit == "token":
+        return masked_mean(x, mask)
+    means = torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1)  # (B,)
+    return means.mean()
+
+
 def masked_whiten(x, mask):
     """Mean 0 and deviation 1 over what the mask keeps, 0 elsewhere."""
     x = torch.where(mask, x, 0)
@@ -479,7 +410,7 @@ def gae(rewards, values, mask, *, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio):
+def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio, unit="token"):
     """PPO's clipped objective, as a loss:
 
     ratio = exp(logprobs - old_logprobs)        -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
@@ -489,20 +420,20 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio):
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     stats = {
-        "clip_fraction": masked_mean((clipped * advantages < ratio * advantages).float(), mask),
-        "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
+        "clip_fraction": mean_over((clipped * advantages < ratio * advantages).float(), mask, unit),
+        "approx_kl": mean_over(torch.expm1(log_ratio) - log_ratio, mask, unit),
         "ratio_error": (ratio - 1).abs().max(),
     }
-    return masked_mean(loss, mask), detached(stats)
+    return mean_over(loss, mask, unit), detached(stats)
 
 
-def ppo_value_loss(values, old_values, returns, mask, *, value_clip):
+def ppo_value_loss(values, old_values, returns, mask, *, value_clip, unit="token"):
     """Half the squared error; a value that moved further than the clip gains nothing from it."""
     values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
-    stats = {"value_clip_fraction": masked_mean((clipped_error > error).float(), mask)}
-    return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask), detached(stats)
+    stats = {"value_clip_fraction": mean_over((clipped_error > error).float(), mask, unit)}
+    return 0.5 * mean_over(torch.maximum(error, clipped_error), mask, unit), detached(stats)
 
 
 def group_advantages(rewards, group_size, *, scale=True):
@@ -510,30 +441,39 @@ def group_advantages(rewards, group_size, *, scale=True):
     if group_size < 2 or len(rewards) % group_size:
         raise CourseError(f"{len(rewards)} rewards do not make groups of {group_size} (2 or more).")
     groups = rewards.view(-1, group_size)
+    groups = groups - groups[:, :1]  # equal rewards are exactly 0: a rounding would be scaled up
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
         centred = centred / (groups.std(1, keepdim=True) + 1e-6)
     return centred.flatten()
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_ratio, kl_coef):
-    """PPO's clipped objective with one advantage per answer (B,), and the KL (k3) in the loss."""
+def leave_one_out(rewards, group_size):
+    """RLOO: an answer's reward minus the mean of the *other* answers to its prompt, (B,)."""
+    return group_advantages(rewards, group_size, scale=False) * group_size / (group_size - 1)
+
+
+def grpo_loss(
+    logprobs, old_logprobs, ref_logprobs, advantages, mask, *,
+    clip_ratio, kl_coef, estimator="k3", unit="token",
+):  # fmt: skip
+    """PPO's clipped objective with one advantage per answer (B,), and the KL in the loss."""
     advantages = advantages[:, None].expand_as(logprobs)  # (B, R)
-    loss, stats = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio)
-    gap = torch.where(mask, logprobs - ref_logprobs, 0)
-    kl = masked_mean(kl_estimate(gap, 0, estimator="k3"), mask)
+    loss, stats = ppo_policy_loss(
+        logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio, unit=unit
+    )
+    kl = kl_loss(logprobs, ref_logprobs, mask, estimator=estimator, unit=unit)
     return loss + kl_coef * kl, stats | detached({"kl": kl})
 
 
+def kl_loss(logprobs, ref_logprobs, mask, *, estimator, unit="token"):
+    """The mean KL to the reference. (As a loss k1 does nothing: its slope is 0 on average.)"""
+    gap = torch.where(mask, logprobs - ref_logprobs, 0)
+    return mean_over(kl_estimate(gap, 0, estimator=estimator), mask, unit)
+
+
 def dpo_loss(
-    chosen,
-    rejected,
-    ref_chosen,
-    ref_rejected,
-    *,
-    beta,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
+    chosen, rejected, ref_chosen, ref_rejected, *, beta, loss_type="sigmoid", label_smoothing=0.0
 ):
     """DPO from summed log-probs (B,); its reward is implicit: beta log(policy / reference)."""
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
@@ -573,7 +513,8 @@ class RewardModel:
     """
 
     def __init__(self, path, cfg):
-        self.model, self.tokenizer, self.cfg = load_scorer(path, cfg), load_tokenizer(path), cfg
+        self.model, self.tokenizer = load_scorer(path, cfg), load_tokenizer(path, cfg)
+        self.cfg = cfg
         self.mean = getattr(self.model.config, "reward_mean", 0.0)
         self.std = getattr(self.model.config, "reward_std", 1.0)
 
@@ -598,9 +539,15 @@ class Crew:
 
     tokenizer: object
     policy: torch.nn.Module  # learns
-    reference: torch.nn.Module  # the actor as it was, frozen
+    reference: torch.nn.Module | None  # the actor as it was; None: the policy without its adapter
     reward: object  # any callable reward(prompts, responses) -> list[float]
-    value_model: torch.nn.Module | None = None  # learns what to expect
+    value_model: torch.nn.Module | None = None  # learns what to expect; PPO alone needs it
+
+    def as_reference(self):
+        """`with crew.as_reference() as model:` the model that says where learning began."""
+        if self.reference is not None:
+            return nullcontext(self.reference)
+        return models.without_adapter(self.policy)
 
 
 @dataclass
@@ -613,9 +560,12 @@ class Rollout:
     logprobs: torch.Tensor  # log pi_old(a | s), as sampled
     ref_logprobs: torch.Tensor  # log pi_ref(a | s)
     values: torch.Tensor  # V(s)
-    scores: torch.Tensor  # (B,), what the reward says, after clip and penalty
+    scores: torch.Tensor  # (B,), what the reward says, after clip and penalties
+    ended: torch.Tensor  # (B,), whether an answer closed with its eos
     advantages: torch.Tensor
     returns: torch.Tensor
+    kl_coef: float  # the price of KL
+    parts: dict  # {name: mean} of the rewards that make up the sum
 
     @property
     def mask(self):
@@ -631,49 +581,57 @@ class Rollout:
         prompt_ids, prompt_mask, response_ids, mask = (x[rows].to(device) for x in self.tokens)
         P, R = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
         tokens = prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], mask[:, :R]
-        names = ("logprobs", "values", "advantages", "returns")
+        names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
         return tokens, {name: getattr(self, name)[rows, :R].to(device) for name in names}
 
 
 def token_rewards(scores, kl, mask, kl_coef):
     """The price of each token's KL, and the score of the answer on its last real token, (B, R)."""
     last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    return (last * scores[:, None] - kl_coef * kl) * mask
+    return torch.where(mask, last * scores[:, None] - kl_coef * kl, 0)
 
 
 @torch.no_grad()
-def collect(crew, prompts, cfg, *, kl_coef, generator, size=None):
+def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
     """Answers to some prompts, scored, and priced by their distance from the reference.
 
     `size` rows go through the models at once: all of them, unless that needs too much memory.
+    `running` holds what `normalised` knows of earlier scores.
     """
     prompt = encode_prompts(crew.tokenizer, prompts, cfg, crew.policy.device)
     index = chunks(range(len(prompts)), size or len(prompts))
     pieces = [answer_and_score(crew, prompts, prompt, rows, cfg, generator) for rows in index]
-    texts, *columns = zip(*pieces)
+    texts, parts, *columns = zip(*pieces)
     ids, mask, logprobs, ref_logprobs, values, scores = map(stack, columns)
-    rewards = token_rewards(scores, kl_estimate(logprobs, ref_logprobs), mask, kl_coef)
-    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
-    if cfg.whiten:
-        advantages = masked_whiten(advantages, mask)
     tokens = (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask)
-    return Rollout(
-        prompts, sum(texts, []), tokens, logprobs, ref_logprobs, values, scores, advantages, returns
-    )
+    if cfg.reward_norm:
+        scores = normalised(scores, {} if running is None else running)
+    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) - cfg.length_penalty * mask.sum(1)
+    whole = ended(ids, mask, crew.tokenizer.eos_token_id)
+    scores -= cfg.missing_eos_penalty * ~whole
+    kl = kl_estimate(logprobs, ref_logprobs, estimator=cfg.kl_estimator)
+    price = kl_coef if cfg.kl_in == "reward" else 0
+    found = advantages_of(scores, kl, price, values, mask, cfg)
+    means = {name: sum(sum(p[name]) for p in parts) / len(prompts) for name in parts[0]}
+    models_say = tokens, logprobs, ref_logprobs, values, scores, whole
+    return Rollout(prompts, sum(texts, []), *models_say, *found, kl_coef, means)
 
 
 def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
     """Texts of the answers to some rows, and all that the models say about them."""
     prompt, prompts = [x[rows.start : rows.stop] for x in prompt], [prompts[i] for i in rows]
-    response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
-    tokens = (*prompt, response_ids, mask)
-    responses = decode(crew.tokenizer, response_ids, mask)
-    scores = ask(crew.reward, prompts, responses).to(mask.device)
-    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip)
-    scores -= cfg.missing_eos_penalty * ~ended(response_ids, mask, crew.tokenizer.eos_token_id)
-    ref_logprobs, _ = response_logprobs(crew.reference, *tokens, temperature=cfg.temperature)
-    values = answer_values(crew.value_model, *tokens)
-    return responses, response_ids, mask, logprobs, ref_logprobs, values, scores
+    with models.autocast(cfg, crew.policy):
+        response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
+        tokens = (*prompt, response_ids, mask)
+        responses = decode(crew.tokenizer, response_ids, mask)
+        scores, parts = ask(crew.reward, prompts, responses)
+        with crew.as_reference() as reference:
+            ref_logprobs, _ = response_logprobs(reference, *tokens, temperature=cfg.temperature)
+        values = torch.zeros_like(logprobs)
+        if crew.value_model is not None:
+            values = answer_values(crew.value_model, *tokens)
+    scores = scores.to(mask.device)
+    return responses, parts, response_ids, mask, logprobs, ref_logprobs, values, scores
 
 
 def stack(pieces):
@@ -684,16 +642,24 @@ def stack(pieces):
     return torch.cat([F.pad(piece, (0, R - piece.shape[1])) for piece in pieces])
 
 
-def ask(reward, prompts, responses):
-    """The reward of each answer, (B,). A reward that is no number would spoil every weight."""
-    with trouble.judging():
-        scores = torch.tensor([float(score) for score in reward(prompts, responses)])
-    if len(scores) != len(prompts) or not scores.isfinite().all():
-        raise CourseError(
-            f"The reward must give a finite number for each of {len(prompts)} answers; it gave "
-            f"{len(scores)}, of which {int(scores.isfinite().sum())} are finite."
-        )
-    return scores
+def advantages_of(scores, kl, price, values, mask, cfg):
+    """(advantages, returns), (B, R): how much better things went than was to be expected.
+
+    PPO expects what its value model says before each token; GRPO and RLOO the mean of the other
+    answers to the same prompt; any other algorithm gets the distance from the rollout's mean.
+    """
+    if cfg.algorithm == "ppo":
+        rewards = token_rewards(scores, kl, mask, price)
+        advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
+        return (masked_whiten(advantages, mask) if cfg.whiten else advantages), returns
+    totals = scores - price * (kl * mask).sum(1)
+    if cfg.algorithm == "grpo":
+        advantages = group_advantages(totals, cfg.answers, scale=cfg.group_scale)
+    elif cfg.algorithm == "rloo":
+        advantages = leave_one_out(totals, cfg.answers)
+    else:
+        advantages = totals - totals.mean()
+    return advantages[:, None] * mask, totals[:, None] * mask
 
 
 def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperature=None):
@@ -728,6 +694,9 @@ class Optimiser(Sturdy):
         self.peaks = [rate for _, rate in rates]
         self.sizes |= {"micro_batch": cfg.micro_batch or batch}
         self.state |= self.sizes
+        fp16, device = cfg.precision == "fp16", self.models[0].device.type
+        # Small gradients of fp16 stay above 0; losses are sums here, so torch's 2**16 is too much.
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=fp16)
         self.adamw = torch.optim.AdamW(
             [{"params": group} for group in self.parameters],
             betas=(cfg.beta1, cfg.beta2),
@@ -740,20 +709,18 @@ class Optimiser(Sturdy):
 
         `loss_of(rows)` gives a mean loss, the number of tokens or rows it is a mean of, and stats.
         """
+        if "scaler" in self.state:  # of fp16, as it was at the last step
+            self.scaler.load_state_dict(self.state["scaler"])
         stats = self.fit(lambda size: self.gradient(rows, loss_of, size), "micro_batch")
         ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
         scale = ramp * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
         for group, peak in zip(self.adamw.param_groups, self.peaks):
             group["lr"] = peak * scale
+        self.scaler.unscale_(self.adamw)
         clip = torch.nn.utils.clip_grad_norm_
         norms = [float(clip(group, self.cfg.grad_clip)) for group in self.parameters]
-        if all(map(math.isfinite, [stats["loss"], *norms])):
-            self.adamw.step()
-            self.state["in_a_row"] = 0
-        else:
-            self.skip(int(progress) + 1)
-        self.adamw.zero_grad()
+        self.take(all(map(math.isfinite, [stats["loss"], *norms])), int(progress) + 1)
         figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
         return stats | figures | {"skipped": self.state["skipped"]}
 
@@ -762,13 +729,14 @@ class Optimiser(Sturdy):
         self.adamw.zero_grad()
         parts, total = [], 0
         for piece in chunks(rows, size):
-            loss, weight, stats = loss_of(piece)
-            (loss * weight).backward()
+            with models.autocast(self.cfg, self.models[0]):
+                loss, weight, stats = loss_of(piece)
+            self.scaler.scale(loss * weight).backward()
             parts.append((weight, stats | {"loss": loss.detach()}))
             total += weight
         for parameter in (p for group in self.parameters for p in group if p.grad is not None):
             parameter.grad /= total
-        return {name: sum(w * s[name].item() for w, s in parts) / total for name in parts[0][1]}
+        return {name: sum(w * float(s[name]) for w, s in parts) / total for name in parts[0][1]}
 
 
 def next_kl_coef(kl_coef, kl, cfg):
@@ -791,32 +759,6 @@ def open_stage(cfg, name, inputs=(), data="train.json"):
     return Stage(cfg.root, name, asdict(cfg), inputs, data, every=cfg.checkpoint_every, **goes_on)
 
 
-def finish(stage, model, tokenizer, summary):
-    """What `from_pretrained` of plain transformers wants, and the last figures."""
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(stage.folder)
-    tokenizer.save_pretrained(stage.folder)
-    stage.summary = summary
-
-
-def choose_base(cfg):
-    """(what 0_download takes, one sentence that says why): "tiny", a hub name or a local folder."""
-    made = "the embedded tiny model is made here, from random weights."
-    if cfg.base_model == "tiny":
-        return "tiny", f"As asked, {made}"
-    if cfg.base_model == "auto" and pick_device(cfg).type == "cpu":
-        return "tiny", f"There is no GPU here, so {made}"
-    name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
-    try:
-        ready_pair(cfg, name, name)
-        return name, f"The base model is {name}."
-    except CourseError as error:
-        if not cfg.fallback:
-            raise CourseError(f"{error} Choose another base_model, or fallback = True.") from None
-        return "tiny", f"{error} So {made}"
-
-
 def train_base(cfg):
     """A ready base model is copied, `tiny` is pretrained; its tokenizer goes to tokenizer/ too."""
     source, _ = choose_base(cfg)
@@ -824,9 +766,10 @@ def train_base(cfg):
         if source == "tiny":
             model, tokenizer = yield from pretrain(cfg, stage)
         else:
-            tokenizer, model = ready_pair(cfg, source, source)
+            tokenizer, model = load_both(cfg, source, source)
             yield stage.log({"step": 1, "steps": 1})
-        finish(stage, model, tokenizer, {"preset": "tiny" if source == "tiny" else "colab"})
+        stage.summary = {"preset": "tiny" if source == "tiny" else "colab"}
+        models.save(model, tokenizer, stage.folder)
         tokenizer.save_pretrained(Path(cfg.root) / "tokenizer")
 
 
@@ -835,7 +778,10 @@ def pretrain(cfg, stage):
     texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
     sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
-    data, model = blocks(tokenizer, texts, cfg), tiny_model(cfg, tokenizer).to(pick_device(cfg))
+    data, model = (
+        blocks(tokenizer, texts, cfg),
+        tiny_model(cfg, tokenizer).to(pick_device(cfg)),
+    )
     trouble.enough(cfg, data)
     rates, size = [(model.train(), cfg.pretrain_lr)], cfg.pretrain_batch
     optimiser = Optimiser(cfg, rates, cfg.pretrain_steps, batch=size, say=stage.say)
@@ -853,14 +799,6 @@ def pretrain(cfg, stage):
             stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
         yield stage.log(stats | {"seconds": time.perf_counter() - start})
     return model, tokenizer
-
-
-def blocks(tokenizer, texts, cfg):
-    """The pretraining text as blocks of equal length, one document after the other, (N, length)."""
-    ids = tokenizer([f"{question} {answer}" for question, answer in texts])["input_ids"]
-    stream = torch.tensor([token for doc in ids for token in (*doc, tokenizer.eos_token_id)])
-    usable = len(stream) // cfg.pretrain_length * cfg.pretrain_length
-    return stream[:usable].view(-1, cfg.pretrain_length)
 
 
 def next_token_loss(model, ids):
@@ -882,7 +820,8 @@ def copying(model, tokenizer, texts, cfg):
 def train_actor(cfg):
     """Supervised fine-tuning: the crowd's answers become likelier; prompts do not count."""
     with open_stage(cfg, "actor", inputs=["base"]) as stage:
-        tokenizer, model = load_pair(cfg, "base")
+        tokenizer, model = load_pair(cfg, "base", **models.in_4_bits(cfg))
+        model = models.trainable(model, cfg)
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
         held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
         if not rows:
@@ -900,19 +839,13 @@ def train_actor(cfg):
             if held and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
                 metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
             yield stage.log(metrics | {"seconds": time.perf_counter() - start})
-        finish(stage, model, tokenizer, {"loss": metrics.get("validation_loss", metrics["loss"])})
+        stage.summary = {"loss": metrics.get("validation_loss", metrics["loss"])}
+        models.save(model, tokenizer, stage.folder)
 
 
-def load_pair(cfg, name):
+def load_pair(cfg, name, **extra):
     """Tokenizer and language model of a finished stage."""
-    return ready_pair(cfg, artifact(cfg.root, name), f"model/{name}")
-
-
-def ready_pair(cfg, source, name):
-    """The same from any source, after checking that they fit each other and the parameters."""
-    model, tokenizer = load_actor(source, cfg), load_tokenizer(source)
-    trouble.suited(cfg, tokenizer, model, name)
-    return tokenizer, model
+    return load_both(cfg, artifact(cfg.root, name), f"model/{name}", **extra)
 
 
 def sft_loss(model, tokenizer, cfg, rows):
@@ -931,35 +864,55 @@ def validation_loss(model, tokenizer, rows, cfg):
 
 
 def train_critic(cfg):
-    """The reward model: of two answers to a prompt, the one people chose should score higher."""
+    """The reward model: of two answers to a prompt, the one people chose should score higher.
+
+    An ensemble learns side by side, each member from the same pairs in an order of its own.
+    """
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
-        tokenizer, model = load_tokenizer(artifact(cfg.root, "actor")), critic_from_actor(cfg)
+        tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
+        members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
         rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
         note_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
-        plan = epochs(cfg, "pairs", len(rows), cfg.critic_batch, cfg.critic_epochs)
-        rates, loss_of = [(model, cfg.critic_lr)], partial(critic_loss, model, tokenizer, cfg)
-        optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.critic_batch, say=stage.say)
+        plans = [
+            epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
+            for i in range(cfg.ensemble)
+        ]
+        rates, loss_of = (
+            [(m, cfg.critic_lr) for m in members],
+            partial(critic_loss, members, tokenizer, cfg),
+        )
+        optimiser = Optimiser(cfg, rates, len(plans[0]), batch=cfg.critic_batch, say=stage.say)
         yield from stage.past
-        for step in stage.steps(len(plan), optimiser):
+        for step in stage.steps(len(plans[0]), optimiser):
             start = time.perf_counter()
-            model.train()
-            metrics = {"step": step + 1, "steps": len(plan)}
-            metrics |= optimiser.step([rows[i] for i in plan[step]], loss_of, step)
+            batch = [[rows[i] for i in places] for places in zip(*(plan[step] for plan in plans))]
+            metrics = {"step": step + 1, "steps": len(plans[0])}
+            metrics |= optimiser.step(batch, loss_of, step)
             yield stage.log(metrics | {"seconds": time.perf_counter() - start})
-        model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
-        finish(stage, model.eval(), tokenizer, {"accuracy": metrics["accuracy"]})
+        stage.summary = {"accuracy": metrics["accuracy"]}
+        for i, model in enumerate(members):
+            model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
+            models.save(model, tokenizer, stage.folder / f"member-{i}" if i else stage.folder)
 
 
-def critic_from_actor(cfg):
+def critic_from_actor(cfg, member=0):
     """The actor's body under a new head of zeros: it can read, it has no opinion yet."""
-    return load_scorer(artifact(cfg.root, "actor"), cfg)
+    torch.manual_seed(cfg.seed + member)  # for the adapters, which begin at random
+    return models.trainable(
+        load_scorer(artifact(cfg.root, "actor"), cfg, **models.in_4_bits(cfg)), cfg
+    ).train()
 
 
-def critic_loss(model, tokenizer, cfg, rows):
-    """Pairs put in order, at a small price for scores far from zero."""
-    scores = pair_scores(model, tokenizer, rows, cfg)
-    loss, stats = pairwise_loss(*scores)
-    return loss + cfg.score_penalty * torch.cat(scores).square().mean(), len(rows), stats
+def critic_loss(members, tokenizer, cfg, batch):
+    """Pairs put in order, at a small price for scores far from zero; a column a member."""
+    losses, stats = [], []
+    for model, rows in zip(members, zip(*batch)):
+        scores = pair_scores(model, tokenizer, rows, cfg)
+        loss, told = pairwise_loss(*scores)
+        losses.append(loss + cfg.score_penalty * torch.cat(scores).square().mean())
+        stats.append(told)
+    means = {name: sum(told[name] for told in stats) / len(stats) for name in stats[0]}
+    return sum(losses), len(batch), means
 
 
 def pair_scores(model, tokenizer, rows, cfg):
@@ -990,9 +943,11 @@ def answer(model, tokenizer, prompts, cfg, generator, temperature=None):
         yield *prompt, *out[:2]
 
 
-def value_from_critic(cfg):
-    """The value model: the reward model itself, its head rescaled to the reward's units."""
-    model = load_scorer(artifact(cfg.root, "critic"), cfg)
+def value_model_of(cfg):
+    """The value model: the reward model, its head in the reward's units; or the actor's body."""
+    if cfg.value_init == "actor":
+        return load_scorer(artifact(cfg.root, "actor"), cfg, **models.in_4_bits(cfg))
+    model = load_scorer(artifact(cfg.root, "critic"), cfg, **models.in_4_bits(cfg))
     mean, std = model.config.reward_mean, model.config.reward_std
     head = torch.nn.Linear(model.score.in_features, 1, device=model.device)
     with torch.no_grad():
@@ -1002,148 +957,217 @@ def value_from_critic(cfg):
     return model
 
 
+def load_reward(cfg):
+    """What cfg.reward spells out: a sum of named rewards, `model` being the trained ones."""
+
+    def trained():
+        folder = artifact(cfg.root, "critic")
+        members = [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
+        return Ensemble(members, cfg.ensemble_rule, cfg.ensemble_k) if members[1:] else members[0]
+
+    return parse(cfg.reward, trained)
+
+
 def assemble(cfg, reward=None):
-    """Policy and reference start as the actor, the value model as the critic."""
-    (tokenizer, policy), (_, reference) = load_pair(cfg, "actor"), load_pair(cfg, "actor")
-    reward = reward or RewardModel(artifact(cfg.root, "critic"), cfg)
-    return Crew(tokenizer, policy, reference, reward, value_from_critic(cfg))
+    """Policy and reference start as the actor, the value model (for PPO) as the critic.
+
+    With adapters the reference needs no model of its own: it is the policy without them.
+    """
+    tokenizer, policy = load_pair(cfg, "actor", **models.in_4_bits(cfg))
+    policy = models.trainable(policy, cfg, drop=False)
+    reference = None if cfg.lora_rank else load_pair(cfg, "actor")[1]
+    reward = None if cfg.algorithm == "dpo" else reward or load_reward(cfg)
+    values = (
+        models.trainable(value_model_of(cfg), cfg, drop=False) if cfg.algorithm == "ppo" else None
+    )
+    return Crew(tokenizer, policy, reference, reward, values)
 
 
-def ppo_loss(crew, rollout, cfg, rows):
-    """Loss of some rows: policy, values and entropy together. `old` is what the rollout saw."""
+def ppo(crew, rollout, cfg, rows):
+    """The loss of some rows: policy, values and entropy together. `old` is what was true then."""
     tokens, old = rollout.part(rows, crew.policy.device)
-    mask = tokens[3]
+    mask, unit = tokens[3], cfg.loss_mean
     logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
     policy_loss, stats = ppo_policy_loss(
-        logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio
+        logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio, unit=unit
     )
     values = answer_values(crew.value_model, *tokens)
     value_loss, value_stats = ppo_value_loss(
-        values, old["values"], old["returns"], mask, value_clip=cfg.value_clip
+        values, old["values"], old["returns"], mask, value_clip=cfg.value_clip, unit=unit
     )
-    entropy = masked_mean(entropy, mask)
+    kl = kl_loss(logprobs, old["ref_logprobs"], mask, estimator=cfg.kl_estimator, unit=unit)
+    entropy = mean_over(entropy, mask, unit)
     loss = policy_loss + cfg.value_coef * value_loss - cfg.entropy_coef * entropy
-    stats |= value_stats | {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy,
-    }
-    return loss, int(mask.sum()), detached(stats)
+    if cfg.kl_in == "loss":
+        loss = loss + rollout.kl_coef * kl
+    stats |= value_stats | {"value_loss": value_loss, "entropy": entropy}
+    return loss, weight_of(mask, unit), detached(stats | {"policy_loss": policy_loss})
 
 
-def improve(crew, optimiser, rollout, cfg, step):
+def grpo(crew, rollout, cfg, rows):
+    """The same without values: GRPO and RLOO differ in their advantages alone."""
+    tokens, old = rollout.part(rows, crew.policy.device)
+    mask, unit = tokens[3], cfg.loss_mean
+    logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
+    loss, stats = grpo_loss(
+        logprobs, old["logprobs"], old["ref_logprobs"], old["advantages"][:, 0], mask,
+        clip_ratio=cfg.clip_ratio, kl_coef=rollout.kl_coef if cfg.kl_in == "loss" else 0,
+        estimator=cfg.kl_estimator, unit=unit,
+    )  # fmt: skip
+    entropy = mean_over(entropy, mask, unit)
+    stats |= detached({"kl_in_loss": stats.pop("kl"), "policy_loss": loss, "entropy": entropy})
+    return loss - cfg.entropy_coef * entropy, weight_of(mask, unit), stats
+
+
+ALGORITHMS = {"ppo": ppo, "grpo": grpo, "rloo": grpo}
+
+
+def weight_of(mask, unit):
+    """How much a piece of a batch counts: by its tokens, or by its answers."""
+    return int(mask.sum()) if unit == "token" else len(mask)
+
+
+def improve(crew, optimiser, rollout, cfg, step, algorithm=ppo):
     """Several epochs over one rollout, in minibatches. Yields the stats of each update."""
-    rows, updates, loss_of = len(rollout.prompts), 0, partial(ppo_loss, crew, rollout, cfg)
+    rows, updates, loss_of = len(rollout.prompts), 0, partial(algorithm, crew, rollout, cfg)
     per_step = cfg.ppo_epochs * math.ceil(rows / cfg.minibatch)
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
         for index in order.split(cfg.minibatch):
             stats = optimiser.step(index.tolist(), loss_of, step + updates / per_step)
-            if updates == 0 and stats["ratio_error"] > 1e-3:
+            if updates == 0 and stats.get("ratio_error", 0) > models.TOLERANCE[cfg.precision]:
                 raise CourseError(
                     f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling "
                     "and scoring do not see the same distribution."
                 )
             updates += 1
             yield stats
-        if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
+        if cfg.stop_kl and stats.get("approx_kl", 0) > cfg.stop_kl:
             return
 
 
 def prompt_batch(cfg, prompts, step):
-    """The prompts of one step: through all of them in a new order each time, none left out."""
-    batch = []
-    for i in range(step * cfg.rollout, (step + 1) * cfg.rollout):
+    """The prompts of one step, each `answers` times in a row; a new order each time round."""
+    batch, count = [], cfg.rollout // cfg.answers
+    for i in range(step * count, (step + 1) * count):
         lap, place = divmod(i, len(prompts))
         if place == 0 or not batch:
             order = torch.randperm(len(prompts), generator=dice(cfg, "prompts", lap)).tolist()
-        batch.append(prompts[order[place]])
+        batch += [prompts[order[place]]] * cfg.answers
     return batch
 
 
 def roll_out(crew, optimiser, prompts, cfg, step):
     """The rollout of one step, with as many rows at once as fit into memory."""
-    batch, kl_coef = prompt_batch(cfg, prompts, step), optimiser.state["kl_coef"]
+    batch, state = prompt_batch(cfg, prompts, step), optimiser.state
+    given = {"kl_coef": state["kl_coef"], "running": state["running"]}
 
     def work(size):
-        luck = dice(cfg, "rollout", step)
-        return collect(crew, batch, cfg, kl_coef=kl_coef, generator=luck, size=size)
+        return collect(crew, batch, cfg, generator=dice(cfg, "rollout", step), size=size, **given)
 
     return optimiser.fit(work, "rollout_batch")
 
 
-def train_rlhf(cfg, reward=None):
-    """PPO: answer, judge, price the distance from the actor, improve; again.
+def train_rlhf(cfg, reward=None, algorithm=None):
+    """Answer, judge, price the distance from the actor, improve; again. (DPO needs no answers.)
 
-    `reward` is any callable `reward(prompts, responses) -> list[float]`; else the reward model.
+    `reward` is any callable `reward(prompts, responses) -> list[float]`, `algorithm` any loss like
+    `ppo`; without them the parameters of the same name decide.
     """
-    with open_stage(cfg, "rlhf", inputs=["actor", "critic"]) as stage:
+    algorithm = algorithm or named("algorithm", cfg.algorithm, ALGORITHMS | {"dpo": from_pairs})
+    with open_stage(cfg, "rlhf", cfg.starts_from(reward)) as stage:
         crew = assemble(cfg, reward)
-        rows = load_rows(cfg, "prompt")
-        note_texts(stage.say, crew.tokenizer, rows, [], cfg)
-        prompts = [row["prompt"] for row in rows]
-        optimiser = crew_optimiser(crew, cfg, stage.say)
+        if algorithm is from_pairs:
+            steps = from_pairs(crew, cfg, stage)
+        else:
+            steps = from_answers(crew, cfg, stage, algorithm)
         yield from stage.past
-        risen = alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
-        for step in stage.steps(cfg.steps, optimiser):
-            start = time.perf_counter()
-            rollout = roll_out(crew, optimiser, prompts, cfg, step)
-            half = time.perf_counter()
-            updates = list(improve(crew, optimiser, rollout, cfg, step))
-            metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": optimiser.state["kl_coef"]}
-            metrics |= rollout_metrics(rollout, crew.tokenizer) | mean_of(updates)
-            metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
-            stage.samples(samples_of(crew, rollout, prompts, cfg, step))
+        for metrics in steps:
             yield stage.log(metrics)
-            before, risen = risen, alerts(metrics, cfg.kl_limit)
-            stage.alert(before, risen, stop=cfg.stop_on_alert)
-            price = optimiser.state["kl_coef"]
-            optimiser.state["kl_coef"] = next_kl_coef(price, metrics["kl"], cfg)
-        summary = {name: metrics[name] for name in ("reward", "kl", "length", "entropy", "skipped")}
-        finish(stage, crew.policy, crew.tokenizer, summary)
+        names = ("loss", "reward", "kl", "length", "entropy", "accuracy", "margin", "skipped")
+        stage.summary = {name: metrics[name] for name in names if name in metrics}
+        models.save(crew.policy, crew.tokenizer, stage.folder)
+
+
+def from_answers(crew, cfg, stage, algorithm):
+    """PPO, GRPO, RLOO or a loss of one's own: learning from what the policy writes itself."""
+    rows = load_rows(cfg, "prompt")
+    note_texts(stage.say, crew.tokenizer, rows, [], cfg)
+    prompts, optimiser = [row["prompt"] for row in rows], crew_optimiser(crew, cfg, stage.say)
+    risen = alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
+    for step in stage.steps(cfg.steps, optimiser):
+        start = time.perf_counter()
+        rollout = roll_out(crew, optimiser, prompts, cfg, step)
+        half, price = time.perf_counter(), optimiser.state["kl_coef"]
+        updates = list(improve(crew, optimiser, rollout, cfg, step, algorithm))
+        metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": price}
+        metrics |= rollout_metrics(rollout, cfg) | mean_of(updates)
+        if cfg.algorithm == "ppo":
+            foreseen = explained_variance(rollout.values, rollout.returns, rollout.mask)
+            metrics["explained_variance"] = foreseen.item()
+        metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
+        again = step % cfg.sample_every == 0 or step == cfg.steps - 1
+        stage.samples(samples_of(rollout, look(crew, prompts[:4], cfg) if again else [], step))
+        optimiser.state["kl_coef"] = next_kl_coef(price, metrics["kl"], cfg)
+        yield metrics
+        before, risen = risen, alerts(metrics, cfg.kl_limit)
+        stage.alert(before, risen, stop=cfg.stop_on_alert)
+
+
+def from_pairs(crew, cfg, stage):
+    """DPO: learning from the pairs themselves; no answers, no reward model, no values."""
+    rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+    note_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
+    with torch.no_grad(), crew.as_reference() as model:  # once, not in every epoch
+        parts = [
+            pair_logprobs(model, crew.tokenizer, p, cfg)[:2] for p in chunks(rows, cfg.eval_batch)
+        ]
+    reference = [torch.cat(column) for column in zip(*parts)]  # chosen and rejected, (N,) each
+
+    def loss_of(index):
+        device = crew.policy.device
+        pairs = pair_logprobs(crew.policy, crew.tokenizer, [rows[i] for i in index], cfg)
+        loss, stats = dpo_loss(
+            *pairs[:2], *(column[index].to(device) for column in reference),
+            beta=cfg.dpo_beta, loss_type=cfg.dpo_loss, label_smoothing=cfg.dpo_smoothing,
+        )  # fmt: skip
+        return loss + cfg.dpo_nll * pairs[2], len(index), stats | detached({"nll": pairs[2]})
+
+    plan = epochs(cfg, "dpo", len(rows), cfg.dpo_batch, cfg.dpo_epochs)
+    rates, more = [(crew.policy, cfg.dpo_lr)], [crew.reference] if crew.reference else []
+    optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.dpo_batch, frozen=more, say=stage.say)
+    for step in stage.steps(len(plan), optimiser):
+        start = time.perf_counter()
+        metrics = {"step": step + 1, "steps": len(plan)} | optimiser.step(plan[step], loss_of, step)
+        if step in (0, len(plan) - 1):
+            prompts = prompts_of(rows[:4])
+            stage.samples(
+                {"step": step + 1, "fixed": True} | row for row in look(crew, prompts, cfg)
+            )
+        yield metrics | {"seconds": time.perf_counter() - start}
+
+
+def pair_logprobs(model, tokenizer, rows, cfg):
+    """Summed log-probs of chosen and rejected answers, (B,) each, and the chosen ones' loss."""
+    answers = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+    prompts = [row["prompt"] for row in rows] * 2
+    tokens = encode_pairs(tokenizer, prompts, answers, cfg, model.device)
+    with models.autocast(cfg, model):
+        logprobs, _ = response_logprobs(model, *tokens)
+    half = len(rows)
+    nll = -mean_over(logprobs[:half], tokens[3][:half], "answer")
+    return *logprobs.sum(1).chunk(2), nll
 
 
 def crew_optimiser(crew, cfg, say=print):
     """What updates policy and value model; the rest of the crew only moves along."""
-    rates = [(crew.policy, cfg.policy_lr), (crew.value_model, cfg.value_lr)]
-    frozen = [
-        crew.reference,
-        *([crew.reward.model] if isinstance(crew.reward, RewardModel) else []),
-    ]
+    rates, frozen = [(crew.policy, cfg.policy_lr)], [crew.reference, *models_in(crew.reward)]
+    if crew.value_model is not None:
+        rates.append((crew.value_model, cfg.value_lr))
+    frozen = [model for model in frozen if model is not None]
     optimiser = Optimiser(cfg, rates, cfg.steps, batch=cfg.minibatch, frozen=frozen, say=say)
-    optimiser.state["kl_coef"] = cfg.kl_coef
+    optimiser.state |= {"kl_coef": cfg.kl_coef, "running": {}}
     return optimiser
-
-
-def mean_of(dicts):
-    """The mean of each figure; of ratio_error the first, which ought to be 0."""
-    means = {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}
-    ends = {"ratio_error": dicts[0]["ratio_error"], "skipped": dicts[-1]["skipped"]}
-    return means | ends | {"updates": len(dicts)}
-
-
-def rollout_metrics(rollout, tokenizer):
-    mask, ids = rollout.mask, rollout.tokens[2]
-    whole = ended(ids, mask, tokenizer.eos_token_id)
-    return {
-        "reward": rollout.scores.mean().item(),
-        "kl": rollout.kl.mean().item(),
-        "length": mask.sum(1).float().mean().item(),
-        "eos": whole.float().mean().item(),
-        "empty": sum(not text for text in rollout.responses) / len(rollout.responses),
-        "explained_variance": explained_variance(rollout.values, rollout.returns, mask).item(),
-    }
-
-
-def samples_of(crew, rollout, prompts, cfg, step, count=4):
-    """Answers to be read: the first of a rollout, now and then the favourites at fixed prompts."""
-    columns = rollout.prompts, rollout.responses, rollout.scores.tolist(), rollout.kl.tolist()
-    for prompt, response, score, kl in list(zip(*columns))[:count]:
-        row = {"prompt": prompt, "response": response, "reward": score, "kl": kl}
-        yield {"step": step + 1, "fixed": False} | row
-    if step % cfg.sample_every == 0 or step == cfg.steps - 1:
-        for row in look(crew, prompts[:count], cfg):
-            yield {"step": step + 1, "fixed": True} | row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1157,6 +1181,10 @@ def look(crew, prompts, cfg):
     return [{name: row[name] for name in ("prompt", "response", "reward", "kl")} for row in answers]
 
 
+def prompts_of(rows):
+    return [row["prompt"] for row in rows]
+
+
 @trouble.in_words
 @torch.no_grad()
 def evaluate(crew, rows, cfg, generator, *, temperature=None):
@@ -1164,24 +1192,41 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
 
     The judge's score is None where a row does not say what would be right.
     """
-    results, prompts, models = [], [row["prompt"] for row in rows], (crew.policy, crew.reference)
+    results, prompts = [], prompts_of(rows)
     for tokens in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, temperature):
-        logprobs = [response_logprobs(m, *tokens, temperature=cfg.temperature)[0] for m in models]
+        ours = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)[0]
+        with crew.as_reference() as reference:
+            theirs = response_logprobs(reference, *tokens, temperature=cfg.temperature)[0]
         part = rows[len(results) : len(results) + len(tokens[0])]
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
             "response": texts,
-            "reward": ask(crew.reward, [row["prompt"] for row in part], texts).tolist(),
-            "kl": kl_estimate(*logprobs).sum(1).tolist(),
+            "reward": [None] * len(part),
+            "kl": kl_estimate(ours, theirs).sum(1).tolist(),
             "length": tokens[3].sum(1).tolist(),
             "eos": ended(*tokens[2:], crew.tokenizer.eos_token_id).tolist(),
         }
+        own = named("metric", cfg.metric, {}) if cfg.metric else None
+        for name, score in (("reward", crew.reward), ("metric", own)):
+            if score is not None:
+                columns[name] = ask(score, prompts_of(part), texts, name)[0].tolist()
         for row, *values in zip(part, *columns.values()):
             result = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
             result |= dict(zip(columns, values))
             truth = (row, result["response"], result["eos"])
             results.append(result | {"judge": world.judge(*truth) if world.knows(row) else None})
     return results
+
+
+def best_of(crew, rows, cfg, generator):
+    """Best-of-n, the rival that needs no training: the answer that the reward likes best.
+
+    Choosing among n moves away from the policy by log n - (n - 1) / n nats at most.
+    """
+    n, rows = cfg.best_of, rows[: cfg.best_of_rows]
+    results = evaluate(crew, [row for row in rows for _ in range(n)], cfg, generator)
+    best = [max(group, key=lambda r: r["reward"]) for group in chunks(results, n)]
+    return [result | {"kl": math.log(n) - (n - 1) / n} for result in best]
 
 
 @trouble.in_words

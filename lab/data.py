@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,20 @@ class Trouble(NamedTuple):
     line: int | None = None
 
 
-def read_rows(path, needs=("prompt",)):
+def read_rows(path, needs=("prompt",), reader=None):
     """The rows of a file, each a dict with at least the texts `needs`, none of them empty.
 
-    One JSON object a line, or one JSON list. A prompt without the dialogue frame gets it.
+    One JSON object a line, or one JSON list; or what `reader(path)` makes of any other format. A
+    prompt without the dialogue frame gets it.
     """
     path, rows, troubles, needs = Path(path), [], {}, dict.fromkeys(("prompt", *needs))
     with reading(path):
-        for place, row in entries(path):
+        found = (
+            ((f"row {i}", row) for i, row in enumerate(reader(path), 1))
+            if reader
+            else entries(path)
+        )
+        for place, row in found:
             trouble = row if isinstance(row, Trouble) else trouble_of(row, needs)
             if trouble:
                 troubles.setdefault(trouble.what, []).append((place, trouble.remedy))
@@ -131,6 +138,16 @@ def framed(prompt):
     """The course's dialogue frame, unless the prompt has one already."""
     prompt = prompt.strip()
     return prompt if prompt.endswith("Assistant:") else f"Human: {prompt} Assistant:"
+
+
+def turns(prompt):
+    """A prompt in the course's frame as messages for a chat template."""
+    parts = re.split(r"(?:^|\s)(Human|Assistant):", prompt)
+    if parts[0].strip():  # words before the first turn tell the model who it is
+        parts = ["", "System", parts[0], *parts[1:]]
+    roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
+    said = zip(parts[1::2], parts[2::2])
+    return [{"role": roles[who], "content": text.strip()} for who, text in said if text.strip()]
 
 
 def repeated(rows):

@@ -53,6 +53,33 @@ def curves(history, panels, x="step", columns=3):
     return figure
 
 
+LEARNING = {  # column: (title, unit), what to watch while an algorithm learns
+    "reward": ("Reward", "spreads above the actor"),
+    "kl": ("KL to the actor", "nats per answer"),
+    "length": ("Length", "tokens"),
+    "entropy": ("Entropy", "nats per token"),
+    "clip_fraction": ("Clipped", "share of tokens"),
+}
+PANELS = {
+    "ppo": LEARNING | {"explained_variance": ("Explained variance", "share")},
+    "grpo": LEARNING | {"zero_deviation": ("Groups that teach nothing", "share")},
+    "rloo": LEARNING | {"zero_deviation": ("Groups that teach nothing", "share")},
+    "dpo": {
+        "loss": ("Loss", "nats per pair"),
+        "accuracy": ("Chosen likelier than before", "share of pairs"),
+        "margin": ("Chosen minus rejected", "implicit reward"),
+        "chosen_logprob": ("Chosen answers", "log-prob, nats"),
+        "rejected_logprob": ("Rejected answers", "log-prob, nats"),
+        "grad_norm": ("Gradient norm", "before clipping"),
+    },
+}
+
+
+def panels(algorithm):
+    """The curves for an algorithm; one of somebody's own shows what all of them have."""
+    return PANELS.get(algorithm, LEARNING)
+
+
 def token_strip(tokens, rows):
     """The tokens of one answer over rows of numbers: orange above zero, blue below."""
     width, values = max(8, 0.75 * len(tokens)), np.array(list(rows.values()), dtype=float)
@@ -178,18 +205,21 @@ def distinct_2(texts):
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def summarise(sampled, greedy):
+def summarise(sampled, greedy=()):
     """One model's entry in report.json, from its answers at temperature 1 and its greedy ones."""
     table = pd.DataFrame(sampled)
+    means = [name for name in ("reward", "kl", "length", "eos", "metric") if name in table]
     return {
         "judge": judged(sampled),
-        "judge_greedy": judged(greedy),
-        **{name: float(table[name].mean()) for name in ("reward", "kl", "length", "eos")},
+        "judge_greedy": judged(greedy) if greedy else None,
+        **{name: float(table[name].mean()) for name in means},
         "distinct_2": distinct_2(table["response"]),
     }
 
 
 def critic_summary(pairs):
+    if pairs is None:
+        return None
     right = pairs["chosen"] > pairs["rejected"]
     kinds = right.groupby(pairs["kind"]).mean()
     return {"accuracy": float(right.mean()), "kinds": {k: float(v) for k, v in kinds.items()}}
@@ -210,7 +240,7 @@ def result_table(models):
         row = {}
         if judge:
             row["judge"] = f"{judge['mean']:.2f} ({judge['low']:.2f} to {judge['high']:.2f})"
-            row["greedy"] = f"{greedy['mean']:.2f}"
+            row["greedy"] = f"{greedy['mean']:.2f}" if greedy else "-"
             row |= {kind: f"{mean:.2f}" for kind, mean in judge["kinds"].items()}
         row |= {
             "reward": f"{m['reward']:.2f}",
@@ -219,6 +249,8 @@ def result_table(models):
             "distinct-2": f"{m['distinct_2']:.2f}",
             "ended": f"{m['eos']:.0%}",
         }
+        if "metric" in m:
+            row["metric"] = f"{m['metric']:.3g}"
         rows[name] = row
     return pd.DataFrame(rows).T
 
@@ -246,14 +278,12 @@ border-bottom:1px solid #ddd;vertical-align:top}}img{{max-width:100%}}</style>
 def parts(models, answers, beside, pairs):
     """What report.html shows, in order."""
     truth = [("Reward and truth", reward_against_judge(answers))] if models["rlhf"]["judge"] else []
-    return [
-        ("Result", result_table(models)),
-        ("Before and after", judged_bars(models)),
-        *truth,
-        ("The reward model on held-out pairs", score_histogram(pairs)),
-        ("Calibration", calibration(pairs)),
-        ("Answers", beside),
-    ]
+    critic = []
+    if pairs is not None:  # who has a reward of his own may do without
+        critic.append(("The reward model on held-out pairs", score_histogram(pairs)))
+        critic.append(("Calibration", calibration(pairs)))
+    first = [("Result", result_table(models)), ("Before and after", judged_bars(models))]
+    return [*first, *truth, *critic, ("Answers", beside)]
 
 
 def picture(figure):

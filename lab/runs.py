@@ -105,6 +105,13 @@ def foreign(folder):
     return folder.exists()
 
 
+def finished(root):
+    """The stages whose results are there, in the order of the course."""
+    return [
+        name for name in NOTEBOOKS if name != "report" and (Path(root) / "model" / name).exists()
+    ]
+
+
 def file_size(path):
     return path.stat().st_size if path.exists() else None
 

@@ -17,6 +17,7 @@ class Settings:
 
     presets = {}
     may_be_zero = frozenset()  # whole numbers that need not be at least 1
+    one_of = {}  # the words that a text may be
 
     def __init__(self, preset="auto", **values):
         preset, known = preset or "auto", {f.name: f for f in fields(self)}
@@ -26,12 +27,20 @@ class Settings:
             if name not in known:
                 raise CourseError(f"{name!r} is not a parameter{nearest(name, known)}")
         given = {name: value for name, value in values.items() if value is not None}
-        merged = {name: f.default for name, f in known.items()}
-        merged |= self.presets.get(preset, {}) | given | {"preset": preset}
+        merged = {name: f.default for name, f in known.items()} | self.presets.get(preset, {})
+        merged |= self.implied(merged | given) | given | {"preset": preset}
         for name, f in known.items():
             object.__setattr__(self, name, converted(name, merged[name], f.type))
             self.check_size(name, f.type)
+        for name, words in self.one_of.items():
+            if (value := getattr(self, name)) not in words:
+                raise CourseError(f"{name} = {value!r} is not known{nearest(value, words)}")
         self.check()
+
+    @staticmethod
+    def implied(values):
+        """More defaults, which follow from other values."""
+        return {}
 
     def check_size(self, name, kind):
         value, floor = getattr(self, name), 0 if name in self.may_be_zero else 1

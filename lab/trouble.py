@@ -78,8 +78,8 @@ def loading(path, part=""):
 
 
 @contextmanager
-def judging():
-    """An error of a reward of one's own, with the line of code that raised it."""
+def judging(what="reward"):
+    """An error of a reward or metric of one's own, with the line of code that raised it."""
     try:
         yield
     except Exception as error:
@@ -87,7 +87,7 @@ def judging():
             raise
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise CourseError(
-            f"The reward failed ({Path(line.filename).name}, line {line.lineno}: "
+            f"The {what} failed ({Path(line.filename).name}, line {line.lineno}: "
             f"{type(error).__name__}: {error}). It must give a finite number for each answer."
         ) from error
 
@@ -105,29 +105,6 @@ def in_words(function):
         raise CourseError(sentence)
 
     return told
-
-
-def checked(path, found, may_lack):
-    """Raises where a model's file lacks weights, which would be random, or has misfits."""
-    lost = [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]
-    if lost:
-        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
-    for name, there, wanted in found["mismatched_keys"]:
-        shapes = f"the shape {tuple(there)}, not {tuple(wanted)}"
-        raise CourseError(f"{path} will not load: {name} has {shapes}.")
-
-
-def suited(cfg, tokenizer, model, name):
-    """Raises where a model cannot read what its tokenizer or the parameters will give it."""
-    embedded = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embedded:
-        problem = f"The tokenizer in {name} knows {len(tokenizer)} tokens, its model only"
-        raise CourseError(f"{problem} {embedded}: they do not belong together.")
-    longest = cfg.max_prompt + cfg.max_new_tokens
-    room = getattr(model.config, "max_position_embeddings", longest)
-    if longest > room:
-        problem = f"max_prompt + max_new_tokens = {longest}, but {name} reads"
-        raise CourseError(f"{problem} {room} tokens at most.")
 
 
 def enough(cfg, blocks):
@@ -203,6 +180,18 @@ class Sturdy:
             model.to("cpu")
         self.adamw.load_state_dict(self.adamw.state_dict())  # moments follow their weights
         self.state |= self.sizes
+
+    def take(self, finite, step):
+        """The step itself, unless its loss or gradient is no number."""
+        if finite:
+            self.scaler.step(self.adamw)
+            self.state["in_a_row"] = 0
+        elif self.scaler.get_scale() <= 1:  # else fp16 was scaled too high, and the scale falls
+            self.skip(step)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+            self.state["scaler"] = self.scaler.state_dict()
+        self.adamw.zero_grad()
 
     def skip(self, step):
         """A loss or gradient that is no number would spoil every weight: they stay as they are."""

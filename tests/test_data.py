@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import util
 from lab.data import apart, read_rows, repeated
@@ -313,7 +315,7 @@ def test_any_shares_are_disjoint(a, b, c, count):
     total = max(1.0, a + b + c)
     shares = dict(sft_share=a / total, preference_share=b / total, prompt_share=c / total)
     seen = []
-    with mock.patch.object(util, "read_rows", lambda *_: list(range(count))):
+    with mock.patch.object(util, "read_dataset", lambda *_: list(range(count))):
         for share in ("sft", "preference", "prompt"):
             try:
                 seen += util.load_rows(util.Config("tiny", **shares), share)
@@ -412,13 +414,30 @@ def test_the_mask_keeps_the_eos_even_if_padding_is_eos_too(tokenizer, tmp_path, 
     assert util.ended(response_ids, response_mask, bare.eos_token_id).tolist() == [True, True]
 
 
-def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings = {k: v for k, v in settings.items() if k not in ("eos_token", "bos_token")}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CourseError, match="eos"):
-        util.load_tokenizer(tmp_path)
+def without_eos(texts, folder):
+    """A tokenizer that has no token to stop with, saved into a folder."""
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    bare.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(folder)
+    return bare.get_vocab_size()
+
+
+def test_a_tokenizer_without_eos_gets_one_and_its_model_a_row_for_it(make_model, tmp_path):
+    size = without_eos(["one two three"] * 4, tmp_path)
+    make_model("gpt2", size).save_pretrained(tmp_path)
+    cfg = util.Config("smoke", device="cpu")
+    tokenizer, model = util.load_both(cfg, tmp_path, "mine")
+    assert tokenizer.eos_token == "</s>" and tokenizer.eos_token_id == size
+    assert tokenizer.pad_token_id == size, "masks tell padding from an eos"
+    assert model.get_input_embeddings().num_embeddings == size + 1
+    assert util.encode_answer(tokenizer, "one", 8)[-1] == size
+    tokens = util.encode_prompts(tokenizer, ["Human: two Assistant:"], cfg, model.device)
+    ids, mask, logprobs = util.sample(model, tokenizer, *tokens, cfg, util.dice(cfg, "test"))
+    scored, _ = util.response_logprobs(model, *tokens, ids, mask)
+    assert torch.allclose(scored, logprobs, atol=1e-5)
 
 
 def test_ended_asks_the_last_real_token():

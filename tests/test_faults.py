@@ -111,6 +111,8 @@ class Course:
             return whole(*args)
 
         self.patch.setattr(util, name, limited)
+        if name in util.ALGORITHMS:
+            self.patch.setitem(util.ALGORITHMS, name, limited)
 
     def spoil(self, *calls):
         """The loss of 1_actor is no number in these updates."""
@@ -463,6 +465,12 @@ def huge_prompt(course):
     course.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@fault(INPUT, "rows", r"reader = 'my_reader\.read' cannot be had: No module named 'my_reader'")
+def no_reader(course):
+    """the module of reader is not there"""
+    course.changes |= dict(reader="my_reader.read")
+
+
 @fault(INPUT, "eval rows", r"eval\.json, row 3 \(the first of 2\): this prompt is also in the")
 def trained_rows_in_eval(course):
     """two rows of train.json are also in eval.json"""
@@ -586,6 +594,54 @@ def seed_beyond_64_bits(course):
 def moment_that_never_decays(course):
     """beta1 = 1"""
     course.changes |= dict(beta1=1)
+
+
+@fault(PARAMETERS, "parameters", r"precision = 'half' is not known; known are float32, bf16, fp16")
+def unknown_word(course):
+    """precision = "half\""""
+    course.changes |= dict(precision="half")
+
+
+@fault(PARAMETERS, "parameters", r"rollout = 6 is impossible: it must be a multiple of answers")
+def groups_that_do_not_fill_a_rollout(course):
+    """algorithm = "grpo" with 4 answers to a prompt, and a rollout of 6"""
+    course.changes |= dict(algorithm="grpo", answers=4)
+
+
+@fault(PARAMETERS, "parameters", r"answers = 1 is impossible: a group needs two")
+def group_of_one(course):
+    """algorithm = "rloo" with one answer to a prompt"""
+    course.changes |= dict(algorithm="rloo", answers=1)
+
+
+@fault(PARAMETERS, "rlhf", r"algorithm = 'gpro': did you mean 'grpo'\?")
+def misspelt_algorithm(course):
+    """algorithm = "gpro\""""
+    course.changes |= dict(algorithm="gpro")
+
+
+@fault(PARAMETERS, "rlhf", r"reward = 'model 2\*length' is not clear at '2\*length': write a sum")
+def unclear_reward(course):
+    """reward = "model 2*length\""""
+    course.changes |= dict(reward="model 2*length")
+
+
+@fault(PARAMETERS, "rlhf", r"reward = 'lenght': did you mean 'length'\?")
+def misspelt_reward(course):
+    """reward = "model - lenght\""""
+    course.changes |= dict(reward="model - lenght")
+
+
+@fault(PARAMETERS, "rlhf", r"reward = 'my\.polite' cannot be had: No module named 'my'")
+def reward_of_nobody(course):
+    """reward = "my.polite", and there is no my.py"""
+    course.changes |= dict(reward="my.polite")
+
+
+@fault(PARAMETERS, "actor", r"load_in_4bit = True needs a GPU and the package bitsandbytes")
+def four_bits_without_a_gpu(course):
+    """load_in_4bit = True without a GPU"""
+    course.changes |= dict(load_in_4bit=True, lora_rank=2)
 
 
 @fault(PARAMETERS, "base", r"pretrain_length = 20 .*(max_prompt|max_new_tokens)")
@@ -1078,7 +1134,7 @@ def model_nobody_has_with_fallback(course):
 @fault(MODELS, "choose", r"facebook/opt-125m will not load \(.+\)\..* So the embedded tiny", "on")
 def hub_is_down(course):
     """there is a GPU, but no network"""
-    course.patch.setattr(util, "pick_device", lambda cfg: torch.device("cuda"))
+    course.patch.setattr("lab.models.find_device", lambda name: torch.device("cuda"))
 
 
 @fault(MODELS, "base", r"mine will not load \(.*no file named model\.safetensors.*\)")
@@ -1126,15 +1182,22 @@ def no_tokenizer(course):
 @fault(MODELS, "base", r"tokenizer .* knows \d+ tokens, its model only \d+: they do not belong")
 def tokenizer_too_large(course):
     """the tokenizer of base_model knows more tokens than its model embeds"""
+    words = (" ".join(f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl") for c in "mnopqrstuvwxyz")
+    util.train_tokenizer(words, 900).save_pretrained(course.mine())
+
+
+@fault(MODELS, "base", "", "on")
+def tokenizer_with_new_tokens(course):
+    """tokens were added to the tokenizer of base_model, its model gets rows for them"""
     folder = course.mine()
     tokenizer = util.load_tokenizer(folder)
     tokenizer.add_tokens([f"new{i}" for i in range(9)])
     tokenizer.save_pretrained(folder)
 
 
-@fault(MODELS, "base", r"tokenizer in mine has no eos token, so no answer could end")
+@fault(MODELS, "base", "", "on")
 def tokenizer_without_eos(course):
-    """the tokenizer of base_model has no eos"""
+    """the tokenizer of base_model has no eos, and gets one"""
     course.edit_json(course.mine() / "tokenizer_config.json", eos_token=None)
 
 
@@ -1217,7 +1280,7 @@ def after_three_losses(course):
 @fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once; the result is", "figures")
 def no_memory_for_an_update(course):
     """memory ends in an update of 3_rlhf with more than 2 rows"""
-    course.tight("ppo_loss", 2, 3)
+    course.tight("ppo", 2, 3)
 
 
 @fault(
@@ -1237,7 +1300,7 @@ def no_memory_for_a_rollout(course):
 @fault(TRAINING, "rlhf", r"model/rlhf was not written\. Memory ran out: lower eval_batch, rollout")
 def no_memory_for_one_row(course):
     """memory ends even with one row at a time"""
-    course.tight("ppo_loss", 0, 3)
+    course.tight("ppo", 0, 3)
 
 
 @fault(TRAINING, "report", r"Memory ran out: lower eval_batch")
@@ -1302,7 +1365,18 @@ def evil_weights(course):
     torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
 
 
-@fault(SECURITY, "base", r"mine will not load \(The repository mine contains custom code")
+@fault(
+    SECURITY,
+    "base",
+    r"chat template in mine fails \(SecurityError: access to attribute .* is unsafe",
+)
+def evil_chat_template(course):
+    """the chat template of base_model reaches for the machine"""
+    text = "{{ cycler.__init__.__globals__.os.system('touch executed') }}"
+    (course.mine() / "chat_template.jinja").write_text(text)
+
+
+@fault(SECURITY, "base", r"mine will not load: trust_remote_code = True runs the code")
 def evil_model_code(course):
     """base_model brings a Python file for its model"""
     folder = course.mine()

@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import jinja2
 import nbformat
 import pandas as pd
 import pytest
@@ -229,7 +230,7 @@ OWN = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evi
 def test_the_code_of_an_unknown_model_is_not_run(model, script, marker):
     (model / "modeling_evil.py").write_text(script)
     change(model / "config.json", auto_map=OWN, model_type="evil")
-    assert "custom code" in refused(model)
+    assert "trust_remote_code = True runs the code" in refused(model)
     assert not marker.exists()
 
 
@@ -258,18 +259,54 @@ def test_a_tokenizer_that_is_rubbish_is_refused(text, model):
     assert "tokenizer" in refused(model).replace(str(model), "")
 
 
-def test_a_chat_template_is_carried_along_and_not_run(model, marker, write_rows):
-    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"
-    template += "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+ESCAPES = {
+    "globals": "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+    "joiner": "{{ joiner.__init__.__globals__['os'].popen('touch MARKER').read() }}",
+    "lipsum": "{{ lipsum.__globals__.os.system('touch MARKER') }}",
+    "attr": "{{ (cycler|attr('__init__')|attr('__globals__'))['os'].system('touch MARKER') }}",
+    "self": "{{ self.__init__.__globals__.__builtins__['open']('MARKER', 'w') }}",
+    "format": "{{ '{0.__init__.__globals__}'.format(cycler).os.system('touch MARKER') }}",
+    "subclasses": "{% for c in ''.__class__.__mro__[1].__subclasses__() %}"
+    "{% if c.__init__.__globals__ and c.__init__.__globals__.__builtins__ %}"
+    "{{ c.__init__.__globals__.__builtins__['open']('MARKER', 'w') }}{% endif %}{% endfor %}",
+    "messages": "{{ messages.append.__self__.__class__.__base__.__subclasses__() }}"
+    "{% set _ = messages.append({'role': 'x', 'content': 'planted'}) %}",
+}
+HI = "Human: Hi Assistant:"
+HARMFUL = ("globals", "joiner", "lipsum", "attr")  # where nothing guards them
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_these_templates_do_harm_where_nothing_guards_them(name, marker):
+    template = ESCAPES[name].replace("MARKER", str(marker))
+    jinja2.Environment().from_string(template).render(messages=[])
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_chat_template_gets_out_of_nothing(name, model, marker, write_rows):
+    """It is used, as a model was trained on it, in the sandbox that transformers has for it."""
+    template = "{{ messages[0].content }}" + ESCAPES[name].replace("MARKER", str(marker))
     (model / "chat_template.jinja").write_text(template)
-    root = write_rows([{"prompt": "Human: Hi Assistant:"}])
-    cfg = util.Config("smoke", root=str(root), base_model=str(model))
-    list(util.train_base(cfg))
-    tokenizer, policy = util.load_pair(cfg, "base")
-    assert tokenizer.chat_template == template
-    tokens = util.encode_prompts(tokenizer, ["Human: Hi Assistant:"], cfg, policy.device)
-    util.sample(policy, tokenizer, *tokens, cfg, util.dice(cfg, "test"))
+    root = write_rows([{"prompt": HI}])
+    cfg = util.Config("smoke", root=str(root), base_model=str(model), fallback=False)
+    turns = util.turns(HI)
+    with contextlib.suppress(CourseError):
+        list(util.train_base(cfg))
+        tokenizer, _ = util.load_pair(cfg, "base")
+        assert tokenizer.chat_template == template
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert text.startswith("Hi"), "it is the template that speaks"
+        util.encode_prompts(tokenizer, [HI], cfg, "cpu")
     assert not marker.exists()
+    assert turns == util.turns(HI)
+
+
+def test_a_chat_template_without_tricks_is_used(model):
+    (model / "chat_template.jinja").write_text("<<{{ messages[-1].content }}>>")
+    tokenizer = util.load_tokenizer(model)
+    ids = util.encode_prompt(tokenizer, HI, 50)
+    assert tokenizer.decode(ids) == "<<Hi>>"
 
 
 def test_scripts_beside_the_data_are_not_run(script, marker, write_rows):

@@ -1,10 +1,13 @@
 """Trouble while training: memory, numbers that are none, answers that go wrong."""
 
+import copy
 import errno
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import util
 from lab import CourseError, trouble
@@ -34,8 +37,11 @@ def cfg():
 @pytest.fixture
 def crew(tokenizer, make_model):
     """Policy and reference differ a little; the reward is the length of an answer."""
-    policy, reference, value = (make_model("opt", len(tokenizer), seed=seed) for seed in range(3))
-    value_model = util.AutoModelForSequenceClassification.from_config(value.config)
+    models = (make_model("opt", len(tokenizer), seed=seed, init_std=0.05) for seed in range(3))
+    policy, reference, value = models
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        value_model = AutoModelForSequenceClassification.from_config(value.config)
     value_model.config.num_labels = 1
     value_model.score = torch.nn.Linear(value.config.hidden_size, 1, bias=False)
 
@@ -64,45 +70,120 @@ def test_a_rollout_in_pieces_is_the_rollout_in_one(crew, cfg, size):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-4), name
 
 
-def losses(crew, cfg):
-    """Each loss of the course as (models, rows, loss_of)."""
-    rollout = roll(crew, cfg)
-    rollout.logprobs = rollout.logprobs + 0.1 * rollout.mask  # so that some ratios are clipped
-
-    def ppo(rows):
-        return util.ppo_loss(crew, rollout, cfg, rows)
-
-    def sft(rows):
-        return util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
-
-    def critic(rows):
-        return util.critic_loss(crew.value_model, crew.tokenizer, cfg, rows)
-
-    return {
-        "ppo": ([crew.policy, crew.value_model], list(range(len(ROWS))), ppo),
-        "sft": ([crew.policy], ROWS, sft),
-        "critic": ([crew.value_model], ROWS, critic),
-    }
+# Where the means of a loss are taken over tokens, a piece counts by its tokens; else by its rows.
+VARIANTS = {
+    "token": dict(loss_mean="token"),
+    "answer": dict(loss_mean="answer"),
+    "kl in the loss": dict(loss_mean="token", kl_in="loss", kl_estimator="k3", entropy_coef=0.1),
+    "kl in the loss of answers": dict(
+        loss_mean="answer", kl_in="loss", kl_estimator="k2", entropy_coef=0.1
+    ),
+    "kl in the reward": dict(loss_mean="token", kl_in="reward", entropy_coef=0.1),
+}
+GROUPS = {"grpo": dict(answers=4), "rloo": dict(answers=4)}
 
 
-@pytest.mark.parametrize("name", ["ppo", "sft", "critic"])
-@pytest.mark.parametrize("size", [4, 3, 1])
-def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(crew, cfg, name, size):
-    """Also when the answers differ in length, as they do here."""
-    models, rows, loss_of = losses(crew, cfg)[name]
-    for model in models:
-        model.double()
+def loss_of_pairs(crew, cfg, monkeypatch):
+    """The rows and the loss that DPO hands to its optimiser."""
+    taken = []
+
+    class Takes(util.Optimiser):
+        def step(self, rows, loss_of, progress):
+            taken.append((rows, loss_of))
+            return {}
+
+    steps = {"steps": lambda count, optimiser: range(count), "samples": list}
+    stage = SimpleNamespace(say=print, **steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(util, "Optimiser", Takes)
+        patch.setattr(util, "load_rows", lambda *_, **__: ROWS)
+        list(util.from_pairs(crew, cfg, stage))
+    ((rows, loss_of),) = taken
+    assert sorted(rows) == list(range(len(ROWS)))
+    return rows, loss_of
+
+
+def ragged(rollout, cfg):
+    """The rollout with answers cut to lengths of 1 to 8 tokens, some ratios beyond the clip."""
+    prompt_ids, prompt_mask, ids, whole = rollout.tokens
+    mask = torch.arange(8) < torch.tensor([8, 1, 5, 2, 7, 3, 1, 8])[:, None]
+    assert whole.shape == mask.shape and whole.all(), "nothing but the cut ends an answer here"
+    rollout.tokens = prompt_ids, prompt_mask, ids.masked_fill(~mask, 0), mask
+    for name in ("logprobs", "ref_logprobs", "values"):
+        setattr(rollout, name, getattr(rollout, name) * mask)
+    kl = util.kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=cfg.kl_estimator)
+    price = rollout.kl_coef if cfg.kl_in == "reward" else 0
+    scores = torch.arange(8.0).flip(0) / 4
+    found = util.advantages_of(scores, kl, price, rollout.values, mask, cfg)
+    rollout.advantages, rollout.returns = found
+    luck = torch.Generator().manual_seed(1)
+    rollout.logprobs = rollout.logprobs + 0.3 * torch.randn(8, 8, generator=luck) * mask
+    rollout.values = rollout.values + 0.3 * torch.randn(8, 8, generator=luck) * mask
+    return rollout
+
+
+def losses(crew, cfg, name, monkeypatch):
+    """A loss of the course as (models, rows, loss_of)."""
+    if name == "sft":
+
+        def sft(rows):
+            return util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
+
+        return [crew.policy], ROWS, sft
+    if name == "critic":  # two members, each with an order of its own
+        members = [crew.value_model, copy.deepcopy(crew.value_model)]
+
+        def critic(batch):
+            return util.critic_loss(members, crew.tokenizer, cfg, batch)
+
+        return members, list(zip(ROWS, ROWS[3:] + ROWS[:3])), critic
+    if name == "dpo":
+        rows, loss_of = loss_of_pairs(crew, cfg, monkeypatch)
+        return [crew.policy], rows, loss_of
+    rollout = ragged(roll(crew, cfg), cfg)
+
+    def answers(rows):
+        return util.ALGORITHMS[name](crew, rollout, cfg, rows)
+
+    models = [crew.policy] + ([crew.value_model] if name == "ppo" else [])
+    return models, list(range(len(ROWS))), answers
+
+
+CUTS = [("sft", "token"), ("critic", "token")]
+CUTS += [(name, variant) for name in ("ppo", "grpo", "rloo") for variant in VARIANTS]
+CUTS += [("dpo", "token"), ("dpo", "nll"), ("dpo", "ipo")]
+PAIRS = {
+    "nll": dict(dpo_nll=0.5, dpo_smoothing=0.1),
+    "ipo": dict(dpo_loss="ipo"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name, variant", CUTS, ids=[" ".join(cut) for cut in CUTS])
+def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
+    crew, name, variant, dtype, monkeypatch
+):
+    """One piece, two of 4, three with a rest, eight of 1: also when answers differ in length."""
+    given = dict(dpo_batch=8) | (VARIANTS | PAIRS)[variant]
+    algorithm = name if name in util.ALGORITHMS or name == "dpo" else "ppo"
+    sizes = dict(device="cpu", max_prompt=30, max_new_tokens=8, algorithm=algorithm, rollout=8)
+    cfg = util.Config("smoke", **sizes, **GROUPS.get(name, {}), **given)
+    crew.value_model.score.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    for model in (crew.policy, crew.reference, crew.value_model):
+        model.to(dtype)
+    models, rows, loss_of = losses(crew, cfg, name, monkeypatch)
     optimiser = util.Optimiser(cfg, [(model, 1e-3) for model in models], 10, batch=8)
     stats, gradients = {}, {}
-    for pieces in (len(rows), size):
-        stats[pieces] = optimiser.gradient(rows, loss_of, pieces)
+    for size in (8, 4, 3, 1):
+        stats[size] = optimiser.gradient(rows, loss_of, size)
         parameters = [p for group in optimiser.parameters for p in group if p.grad is not None]
-        gradients[pieces] = torch.cat([p.grad.flatten().clone() for p in parameters])
-    whole, cut = gradients[len(rows)], gradients[size]
-    assert whole.norm() > 0
-    assert (whole - cut).norm() <= 1e-6 * whole.norm()
-    for key in stats[size].keys() - {"ratio_error"}:  # a largest value, not a mean
-        assert stats[size][key] == pytest.approx(stats[len(rows)][key], rel=1e-5, abs=1e-7), key
+        gradients[size] = torch.cat([p.grad.double().flatten() for p in parameters])
+    assert gradients[8].norm() > 0
+    for size in (4, 3, 1):
+        off = (gradients[8] - gradients[size]).norm() / gradients[8].norm()
+        assert off <= 1e-6, size
+        for key in stats[size].keys() - {"ratio_error"}:  # a largest value, not a mean
+            assert stats[size][key] == pytest.approx(stats[8][key], rel=1e-5, abs=1e-6), key
 
 
 def test_micro_batch_is_how_many_rows_go_through_at_once(crew, cfg):
@@ -235,7 +316,8 @@ def test_a_reward_must_be_a_number_for_each_answer(scores):
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor], ids=["list", "tuple", "tensor"])
 def test_a_reward_may_come_as_any_row_of_numbers(kind):
-    assert util.ask(lambda p, r: kind([1, 2.5]), ["a", "b"], ["c", "d"]).tolist() == [1.0, 2.5]
+    scores, parts = util.ask(lambda p, r: kind([1, 2.5]), ["a", "b"], ["c", "d"])
+    assert scores.tolist() == [1.0, 2.5] and parts == {}
 
 
 # -------------------------------------------------------------------------------------- alerts

@@ -1,0 +1,308 @@
+"""Models in and out: any causal language model, its tokenizer, adapters, precision.
+
+Nothing comes from a pickle, and code that a model brings along runs only when it is asked for.
+"""
+
+import copy
+import importlib.util
+import inspect
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from lab import CourseError
+from lab.hub import reason_of
+from lab.trouble import find_device, loading
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"float32": 1e-3, "bf16": 0.3, "fp16": 0.1}  # of the first ratio, which ought to be 1
+# What a tokenizer without a chat template gets: the course's own frame.
+FRAME = (
+    "{% for m in messages %}{{ '' if loop.first else ' ' }}"
+    "{{ 'Human: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def pick_device(cfg):
+    """The first GPU or the CPU for "auto"; otherwise what was asked for, if it is there."""
+    return find_device(cfg.device)
+
+
+def load_tokenizer(path, cfg=None):
+    """A tokenizer that can pad, stop, and frame a dialogue; what it lacks it gets."""
+    trusted = cfg is not None and cfg.trust_remote_code
+    with opening(path, "its tokenizer: "):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CourseError(f"The tokenizer in {path} knows no words: its files are missing.")
+    if tokenizer.eos_token_id is None:  # no answer could end
+        tokenizer.add_special_tokens({"eos_token": "</s>"})
+    if tokenizer.pad_token_id is None:  # masks tell padding from an eos
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = FRAME
+    if "1 + 1?" not in in_template(tokenizer, [{"role": "user", "content": "1 + 1?"}]):
+        raise CourseError(f"The chat template in {path} leaves out what the user says: mend it.")
+    return tokenizer
+
+
+def in_template(tokenizer, messages):
+    """The dialogue as its tokenizer's chat template frames it, up to where the answer begins.
+
+    A template is a program of strangers: it runs in a sandbox, which fails where it wants more.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise whatever it likes
+        what = f"The chat template in {tokenizer.name_or_path} fails ({reason_of(error)})"
+        raise CourseError(f"{what}: mend it, or delete it to get the course's frame.") from None
+
+
+@contextmanager
+def opening(path, part=""):
+    """`loading`, and one thing more that is to be done where a model brings code of its own."""
+    asks = False
+    try:
+        with loading(path, part):
+            try:
+                yield
+            except ValueError as error:
+                asks = "trust_remote_code" in str(error)
+                raise
+    except CourseError:
+        if not asks:
+            raise
+        raise CourseError(
+            f"{path} will not load: trust_remote_code = True runs the code that the model brings "
+            "along; read it first."
+        ) from None
+
+
+def load(kind, path, cfg, may_lack="", **extra):
+    """A model with all its weights: one that is not in the file would be random, without a word.
+
+    In float32, as half precision would lose small updates; autocast may compute in half.
+    """
+    safe = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=cfg.trust_remote_code)
+    # Misfits are let through here only to be named below.
+    told = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    with opening(path):
+        model, found = kind.from_pretrained(path, **safe, **told, **extra)
+    lost = [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]
+    if lost:
+        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
+    for name, there, wanted in found["mismatched_keys"]:
+        shapes = f"the shape {tuple(there)}, not {tuple(wanted)}"
+        raise CourseError(f"{path} will not load: {name} has {shapes}.")
+    return (model if "device_map" in extra else model.to(pick_device(cfg))).eval()
+
+
+def load_actor(path, cfg, **extra):
+    """A causal language model in float32."""
+    return load(AutoModelForCausalLM, path, cfg, **extra)
+
+
+def load_scorer(path, cfg, **extra):
+    """A model with one number per token on top: reward model and value model alike.
+
+    A language model gets its new head set to zero, so that every score starts out equal.
+    """
+    shape = shape_of(path, cfg)
+    fresh = not any("SequenceClassification" in name for name in shape.architectures or [])
+    kind, head = AutoModelForSequenceClassification, "score" if fresh else ""
+    model = load(kind, path, cfg, may_lack=head, num_labels=1, **extra)
+    if fresh:
+        torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+def shape_of(path, cfg):
+    with opening(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+
+
+def load_both(cfg, source, name, **extra):
+    """Tokenizer and language model, after checking that they fit each other and the parameters."""
+    model, tokenizer = load_actor(source, cfg, **extra), load_tokenizer(source, cfg)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise CourseError(f"{name} will not do: its forward has no past_key_values to go on from.")
+    embedded = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > embedded:
+        problem = f"The tokenizer in {name} knows {tokenizer.vocab_size} tokens, its model only"
+        raise CourseError(f"{problem} {embedded}: they do not belong together.")
+    if len(tokenizer) > embedded:  # tokens were added to it; those of Qwen are fewer than rows
+        with torch.random.fork_rng(devices=[]):  # new rows lie close to the mean of the old ones
+            torch.manual_seed(cfg.seed)
+            model.resize_token_embeddings(len(tokenizer))
+    longest = cfg.max_prompt + cfg.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > room:
+        problem = f"max_prompt + max_new_tokens = {longest}, but {name} reads"
+        raise CourseError(f"{problem} {room} tokens at most.")
+    return tokenizer, model
+
+
+def choose_base(cfg):
+    """(what 0_download takes, one sentence that says why): "tiny", a hub name or a local folder."""
+    made = "the embedded tiny model is made here, from random weights."
+    if cfg.base_model == "tiny":
+        return "tiny", f"As asked, {made}"
+    if cfg.base_model == "auto" and pick_device(cfg).type == "cpu":
+        return "tiny", f"There is no GPU here, so {made}"
+    name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
+    try:
+        load_both(cfg, name, name)
+        return name, f"The base model is {name}."
+    except CourseError as error:
+        if not cfg.fallback:
+            raise CourseError(f"{error} Choose another base_model, or fallback = True.") from None
+        return "tiny", f"{error} So {made}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Less memory, less time
+
+
+def in_4_bits(cfg):
+    """How to load frozen weights for QLoRA; nothing where it was not asked for."""
+    if not cfg.load_in_4bit:
+        return {}
+    device = pick_device(cfg)
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        raise CourseError(
+            "load_in_4bit = True needs a GPU and the package bitsandbytes (pip install "
+            "bitsandbytes): set it to False, lora_rank alone saves most of the memory."
+        )
+    from transformers import BitsAndBytesConfig
+
+    how = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=HALF.get(cfg.precision))
+    return {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **how),
+        "device_map": {"": device},
+    }
+
+
+def trainable(model, cfg, *, drop=True):
+    """The model as it will be trained: with adapters, or whole; recomputing activations or not.
+
+    Without `drop` its dropout is off for good: what it says must be what it said when it wrote.
+    """
+    if not drop:
+        silence(model)
+    if cfg.gradient_checkpointing:  # acts in train mode only, and `generate` works in eval mode
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+    if not cfg.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if cfg.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    scorer = hasattr(model, "score")
+    shape = LoraConfig(
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        target_modules="all-linear",
+        exclude_modules=["score"] if scorer else None,
+        modules_to_save=["score"] if scorer else None,
+        task_type="SEQ_CLS" if scorer else "CAUSAL_LM",
+    )
+    return get_peft_model(model, shape).train(model.training)
+
+
+def silence(model):
+    """Dropout 0 everywhere, also where a layer keeps its share as a number."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def save(model, tokenizer, folder):
+    """What `from_pretrained` of plain transformers wants; adapters merged, and once more beside."""
+    if hasattr(model, "merge_and_unload"):
+        model = merged(model, Path(folder) / "adapter")
+    acquaint(model, tokenizer)
+    kinds = (model, auto_class(model)), (model.config, "AutoConfig"), (tokenizer, "AutoTokenizer")
+    for part, kind in kinds:
+        if type(part).__module__.startswith("transformers_modules"):  # its own code goes along
+            type(part).register_for_auto_class(kind)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def acquaint(model, tokenizer):
+    """The model's config tells plain transformers how its tokenizer pads, and where to stop."""
+    pad, eos, config = tokenizer.pad_token_id, tokenizer.eos_token_id, model.config
+    writing = getattr(model, "generation_config", None)
+    for part in filter(None, (config, writing)):
+        if part.pad_token_id is None or part.pad_token_id < 0:
+            part.pad_token_id = pad
+        known = part.eos_token_id if isinstance(part.eos_token_id, list) else [part.eos_token_id]
+        if eos not in known:
+            several = [one for one in known if one is not None] + [eos]
+            part.eos_token_id = several if several[1:] else eos
+    try:
+        if writing is not None:
+            writing.validate(strict=True)
+    except ValueError:  # some settings contradict each other: they load, but cannot be saved
+        ids = {name: getattr(writing, name) for name in ("pad_token_id", "eos_token_id")}
+        model.generation_config = GenerationConfig(bos_token_id=writing.bos_token_id, **ids)
+    if hasattr(model, "score") and pad == eos:
+        # A plain scorer looks for the last token that is no pad: it would miss the eos. Without a
+        # pad it takes the very last one, and refuses rows of unequal length.
+        config.pad_token_id = None
+
+
+def merged(model, folder):
+    """The adapter is saved, and then added to the weights it belongs to; to those in float32."""
+    model.save_pretrained(folder)
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return model.merge_and_unload()
+    from peft import PeftModel
+
+    shape = copy.deepcopy(model.config)  # with its labels, and the scale of a reward model
+    del shape.quantization_config
+    whole = type(model.get_base_model()).from_pretrained(
+        shape.name_or_path, config=shape, dtype=torch.float32, use_safetensors=True
+    )
+    return PeftModel.from_pretrained(whole, folder).merge_and_unload()
+
+
+def without_adapter(model):
+    """`with without_adapter(policy) as model:` the weights below, as they were before."""
+
+    @contextmanager
+    def below():
+        with model.disable_adapter():
+            yield model
+
+    return below()
+
+
+def auto_class(model):
+    scorer = hasattr(model, "score")
+    return "AutoModelForSequenceClassification" if scorer else "AutoModelForCausalLM"
+
+
+def autocast(cfg, model):
+    """Matrix products in half precision where the parameters ask for it."""
+    if cfg.precision == "float32":
+        return nullcontext()
+    return torch.autocast(model.device.type, HALF[cfg.precision])

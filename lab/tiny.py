@@ -1,0 +1,52 @@
+"""The embedded model: its tokenizer, its shape, its text in blocks."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE: any text can be written, and words that occur often become one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="</s>"
+    )
+
+
+def tiny_model(cfg, tokenizer):
+    """A small OPT with random weights. At this width OPT's own 0.02 learns to copy far later."""
+    shape = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        word_embed_proj_dim=cfg.hidden_size,
+        ffn_dim=4 * cfg.hidden_size,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        max_position_embeddings=cfg.pretrain_length,
+        init_std=cfg.init_std,
+        dropout=0.0,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return OPTForCausalLM(shape)
+
+
+def blocks(tokenizer, texts, cfg):
+    """The pretraining text as blocks of equal length, one document after the other, (N, length)."""
+    ids = tokenizer([f"{question} {answer}" for question, answer in texts])["input_ids"]
+    stream = torch.tensor([token for doc in ids for token in (*doc, tokenizer.eos_token_id)])
+    usable = len(stream) // cfg.pretrain_length * cfg.pretrain_length
+    return stream[:usable].view(-1, cfg.pretrain_length)

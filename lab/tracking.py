@@ -1,0 +1,33 @@
+"""What is worth noting down of a rollout and of the updates that follow it."""
+
+
+def mean_of(updates):
+    """The mean of each figure; of ratio_error the first, which ought to be 0."""
+    means = {name: sum(d[name] for d in updates) / len(updates) for name in updates[0]}
+    means |= {"skipped": updates[-1]["skipped"], "updates": len(updates)}
+    return means | {name: updates[0][name] for name in ("ratio_error",) if name in means}
+
+
+def rollout_metrics(rollout, cfg):
+    metrics = {
+        "reward": rollout.scores.mean().item(),
+        "kl": rollout.kl.mean().item(),
+        "length": rollout.mask.sum(1).float().mean().item(),
+        "eos": rollout.ended.float().mean().item(),
+        "empty": sum(not text for text in rollout.responses) / len(rollout.responses),
+    }
+    metrics |= {f"reward_{name}": mean for name, mean in rollout.parts.items()}
+    if cfg.answers > 1:  # a group whose answers are all worth the same teaches nothing
+        groups = rollout.scores.view(-1, cfg.answers)
+        metrics["zero_deviation"] = (groups.std(1) < 1e-6).float().mean().item()
+    return metrics
+
+
+def samples_of(rollout, favourites, step, count=4):
+    """Answers to be read: the first of a rollout, and the favourites at fixed prompts."""
+    columns = rollout.prompts, rollout.responses, rollout.scores.tolist(), rollout.kl.tolist()
+    for prompt, response, score, kl in list(zip(*columns))[:count]:
+        row = {"prompt": prompt, "response": response, "reward": score, "kl": kl}
+        yield {"step": step + 1, "fixed": False} | row
+    for row in favourites:
+        yield {"step": step + 1, "fixed": True} | row
