@@ -4,8 +4,8 @@ import copy
 import importlib
 import json
 import sys
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
