@@ -1,18 +1,16 @@
 """RLHF on one blackboard: everything the course teaches, to be read from top to bottom.
 
 Contents
-    1. Luck                a random generator for every purpose
-    2. Data                rows, their shares, batches
-    3. Tokens              prompts padded on the left, answers on the right
-    4. Models              base, actor, critic: plain Hugging Face models
-    5. Generation          sampling with a cache
-    6. Log-probs           what a model thinks of an answer
-    7. Masked statistics   means over real tokens only
-    8. Losses              reward model, PPO, GRPO, DPO: pure functions of tensors
-    9. Rewards             the reward model as a callable, the KL price, the rollout
-    10. Optimisation       the one place where weights change
-    11. Training           generators that yield one dict of metrics a step
-    12. Evaluation         answers, their scores, their distance from the reference
+    1. Tokens              prompts padded on the left, answers on the right
+    2. Models              base, actor, critic: plain Hugging Face models
+    3. Generation          sampling with a cache
+    4. Log-probs           what a model thinks of an answer
+    5. Masked statistics   means over real tokens only
+    6. Losses              reward model, PPO, GRPO, DPO: pure functions of tensors
+    7. Rewards             the reward model as a callable, the KL price, the rollout
+    8. Optimisation        the one place where weights change
+    9. Training            generators that yield one dict of metrics a step
+    10. Evaluation         answers, their scores, their distance from the reference
 
 Letters: B rows, P prompt length (left-padded), R response length (right-padded), T = P + R,
 V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made
@@ -21,7 +19,6 @@ from lengths. The shift by one between logits and tokens happens in `before_each
 Left out on purpose: several machines, tools, several turns. What is no lesson lives in `lab/`.
 """
 
-import hashlib
 import inspect
 import math
 import time
@@ -36,63 +33,17 @@ from transformers import DynamicCache
 
 from lab import CourseError, models, trouble, world
 from lab.config import Config  # noqa: F401
-from lab.data import apart, turns, with_pairs
+from lab.data import turns, with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
-from lab.rewards import Ensemble, ask, models_in, named, normalised, parse, read_dataset
+from lab.rewards import Ensemble, ask, models_in, named, normalised, parse
 from lab.runs import Stage, artifact
+from lab.shares import batches, dice, epochs, load_eval_rows, load_rows  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
 from lab.tracking import mean_of, rollout_metrics, samples_of
 from lab.trouble import Sturdy, alerts, note_texts
 
 # ------------------------------------------------------------------------------------------------
-# 1. Luck
-
-
-def dice(cfg, *purpose):
-    """A random generator for one purpose, e.g. ("rollout", 7): no state from step to step."""
-    name = hashlib.md5(repr((cfg.seed, *purpose)).encode()).hexdigest()
-    return torch.Generator().manual_seed(int(name[:15], 16))
-
-
-# ------------------------------------------------------------------------------------------------
-# 2. Data
-
-
-def load_rows(cfg, share, needs=("prompt",)):
-    """The rows of train.json that belong to one stage: "sft", "preference" or "prompt"."""
-    rows = read_dataset(cfg, "train.json", needs)
-    order = torch.randperm(len(rows), generator=dice(cfg, "shares")).tolist()
-    first = {"sft": 0, "preference": cfg.sft_share}
-    start = first.get(share, cfg.sft_share + cfg.preference_share)
-    stop = start + getattr(cfg, f"{share}_share")
-    chosen = order[round(start * len(rows)) : round(stop * len(rows))]
-    if not chosen:
-        raise CourseError(
-            f"{share}_share = {stop - start:g} of {len(rows)} rows is none: raise it."
-        )
-    return [rows[i] for i in chosen]
-
-
-def load_eval_rows(cfg):
-    """The first rows of eval.json, after making sure that no training has seen one of them."""
-    rows = read_dataset(cfg, "eval.json")
-    if (Path(cfg.root) / "dataset" / "train.json").exists():
-        apart(read_dataset(cfg, "train.json"), rows, "eval.json")
-    return rows[: cfg.test_rows]
-
-
-def batches(count, size, generator):
-    """One epoch of index lists, in random order; every row once."""
-    return [part.tolist() for part in torch.randperm(count, generator=generator).split(size)]
-
-
-def epochs(cfg, purpose, count, size, laps):
-    """The index lists of a whole training, one a step."""
-    return [index for lap in range(laps) for index in batches(count, size, dice(cfg, purpose, lap))]
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. Tokens
+# 1. Tokens
 
 
 def encode_prompt(tokenizer, prompt, limit):
@@ -167,7 +118,7 @@ def as_ids(token_id, device):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Models
+# 2. Models
 
 
 def positions(mask):
@@ -225,7 +176,7 @@ def answer_values(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Generation
+# 3. Generation
 
 
 @torch.no_grad()
@@ -310,7 +261,7 @@ def truncated(logits, top_k, top_p):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Log-probs
+# 4. Log-probs
 
 
 def token_logprobs(logits, tokens):
@@ -335,7 +286,7 @@ def response_logprobs(
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Masked statistics
+# 5. Masked statistics
 
 
 def masked_mean(x, mask):
@@ -367,7 +318,7 @@ def explained_variance(values, returns, mask):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Losses
+# 6. Losses
 
 
 def pairwise_loss(chosen, rejected):
@@ -502,7 +453,7 @@ def detached(stats):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Rewards
+# 7. Rewards
 
 
 class RewardModel:
@@ -677,7 +628,7 @@ def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperatur
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Optimisation
+# 8. Optimisation
 
 
 class Optimiser(Sturdy):
@@ -748,7 +699,7 @@ def next_kl_coef(kl_coef, kl, cfg):
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Training
+# 9. Training
 
 
 def open_stage(cfg, name, inputs=(), data="train.json"):
@@ -1171,7 +1122,7 @@ def crew_optimiser(crew, cfg, say=print):
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Evaluation
+# 10. Evaluation
 
 
 def look(crew, prompts, cfg):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from lab import CourseError
-from lab.data import read_rows
 from lab.trouble import judging
 
 TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:e-?\d+)?)\s*\*\s*)?([^\W\d][\w.]*)\s*")
@@ -160,9 +159,3 @@ def normalised(scores, running):
     spread += (scores - scores.mean()).square().sum().item() + step**2 * n * count / (n + count)
     running |= {"scores": n + count, "mean": mean + step * count / (n + count), "spread": spread}
     return (scores - running["mean"]) / max((spread / (n + count)) ** 0.5, 1e-6)
-
-
-def read_dataset(cfg, name, needs=("prompt",)):
-    """A file of dataset/ as rows, through a reader of one's own where there is one."""
-    reader = named("reader", cfg.reader, {}) if cfg.reader else None
-    return read_rows(Path(cfg.root) / "dataset" / name, needs, reader)

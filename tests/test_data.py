@@ -315,7 +315,7 @@ def test_any_shares_are_disjoint(a, b, c, count):
     total = max(1.0, a + b + c)
     shares = dict(sft_share=a / total, preference_share=b / total, prompt_share=c / total)
     seen = []
-    with mock.patch.object(util, "read_dataset", lambda *_: list(range(count))):
+    with mock.patch("lab.shares.read_dataset", lambda *_: list(range(count))):
         for share in ("sft", "preference", "prompt"):
             try:
                 seen += util.load_rows(util.Config("tiny", **shares), share)
