@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help course record lab test lint clean lock
+.PHONY: help course record lab test lint bench clean lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -25,6 +25,14 @@ test: lint  ## lint, then every test: make test ARGS="-k gae"
 lint: $(VENV)/.installed  ## style and format of code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed  ## speed, memory and growth; against TRL too where bench/.peers is there
+	$(BIN)/python bench/generation.py $(ARGS)
+	$(BIN)/python bench/scoring.py $(ARGS)
+	$(BIN)/python bench/growth.py
+	$(BIN)/python bench/peak.py $(ARGS)
+	@if [ -d bench/.peers ]; then $(BIN)/python bench/peers.py $(ARGS); else echo \
+	 "Against TRL: $(BIN)/python bench/peers.py --install bench/.peers, then make bench again."; fi
 
 clean:  ## remove model/ and tokenizer/
 	rm -rf model tokenizer

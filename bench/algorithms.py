@@ -25,6 +25,7 @@ from lab import report, world  # noqa: E402
 CONTENDERS = {
     "ppo": {},
     "grpo": {"algorithm": "grpo"},
+    "grpo, k3 in the loss": {"algorithm": "grpo", "kl_in": "loss", "kl_estimator": "k3"},
     "rloo": {"algorithm": "rloo"},
     "dpo": {"algorithm": "dpo"},
     "ppo, LoRA": {"lora_rank": 16, "policy_lr": 2e-3, "value_lr": 2e-3},
@@ -68,12 +69,14 @@ def one_seed(seed, folder, rows, contenders):
         return util.Config("tiny", root=str(folder), seed=seed, **values)
 
     seconds = drain(util.train_base(cfg())) + drain(util.train_actor(cfg()))
-    yield "actor", answers(cfg(), "actor", rows), seconds
+    print(f"seed {seed}  base and actor: {seconds:.0f} s", flush=True)
     for ensemble in (1, 3):
         group = [name for name in contenders if ("reward models" in name) == (ensemble == 3)]
         if group:
             took = drain(util.train_critic(cfg(ensemble=ensemble)))
             print(f"seed {seed}  {ensemble} reward model(s): {took:.0f} s", flush=True)
+            if ensemble == 1:
+                yield "actor", answers(cfg(), "actor", rows), 0.0
         for name in group:
             shutil.rmtree(folder / "model" / "rlhf", ignore_errors=True)
             values = cfg(**CONTENDERS[name])
