@@ -28,7 +28,7 @@ PRESETS = {
 
 
 ALGORITHMS = {
-    "grpo": dict(answers=4, kl_in="loss", kl_estimator="k3", loss_mean="answer"),
+    "grpo": dict(answers=4, loss_mean="answer"),
     "rloo": dict(answers=4),
 }
 MODEL = r"(?<![\w.])model(?![\w.])"  # the reward model, as a word of its own
@@ -129,8 +129,8 @@ class Config(Settings):
     policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
     value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
     temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
-    kl_in: str = knob("reward", "rlhf", "reward or loss: where the KL is paid for (grpo: loss)")
-    kl_estimator: str = knob("k1", "rlhf", "k1, k2 or k3: how the KL is estimated (grpo: k3)")
+    kl_in: str = knob("reward", "rlhf", "reward or loss: where the KL is paid for")
+    kl_estimator: str = knob("k1", "rlhf", "k1, k2 or k3: how the KL is estimated")
     kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
     kl_target: float = knob(0.0, "rlhf", "KL per answer that kl_coef aims at; 0: it stays fixed")
     kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
