@@ -19,7 +19,6 @@ from lengths. The shift by one between logits and tokens happens in `before_each
 Left out on purpose: several machines, tools, several turns. What is no lesson lives in `lab/`.
 """
 
-import inspect
 import math
 import time
 from contextlib import nullcontext
@@ -29,17 +28,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, models, trouble, world
+from lab import CourseError, models, swift, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import turns, with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
 from lab.rewards import Ensemble, ask, models_in, named, normalised, parse
 from lab.runs import Stage, artifact
-from lab.shares import batches, dice, epochs, load_eval_rows, load_rows  # noqa: F401
+from lab.shares import batches, dice, epochs, load_eval_rows, load_rows, prompt_batch, stack  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
-from lab.tracking import mean_of, rollout_metrics, samples_of
+from lab.tracking import mean_of, rollout_metrics, samples_of, timed
 from lab.trouble import Sturdy, alerts, note_texts
 
 # ------------------------------------------------------------------------------------------------
@@ -121,24 +120,6 @@ def as_ids(token_id, device):
 # 2. Models
 
 
-def positions(mask):
-    """Position ids that count real tokens only: padding on the left must not shift the text."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def call(model, ids, mask, **extra):
-    """One forward pass over left-padded rows, with what this model's forward understands."""
-    understood = inspect.signature(inner(model).forward).parameters
-    extra["position_ids"] = positions(mask)[:, -ids.shape[1] :]
-    extra = {name: value for name, value in extra.items() if name in understood}
-    return model(input_ids=ids, attention_mask=mask.long(), **extra)
-
-
-def inner(model):
-    """The model itself, where adapters are wrapped around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def before_each_token(prompt_ids, prompt_mask, response_ids, response_mask):
     """What to read so that the last R positions stand before the R answer tokens, (B, T - 1)."""
     ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
@@ -146,19 +127,16 @@ def before_each_token(prompt_ids, prompt_mask, response_ids, response_mask):
     return ids[:, :-1], mask[:, :-1]
 
 
+def before_answers(prompt_ids, response_mask):
+    """Marks the places in (B, T - 1) that stand before a real answer token."""
+    return torch.cat([torch.zeros_like(prompt_ids[:, 1:], dtype=torch.bool), response_mask], dim=1)
+
+
 def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """Logits that predict each answer token, (B, R, V): position t sees everything before t."""
+    """Logits that predict each real answer token, (N, V): position t sees everything before t."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
-    R = response_ids.shape[1]
-    return call(model, *read, use_cache=False, logits_to_keep=R).logits[:, -R:].float()
-
-
-def token_scores(scorer, ids, mask):
-    """The scorer's number at every token, (B, T)."""
-    scorer = inner(scorer)
-    body = getattr(scorer, scorer.base_model_prefix)
-    hidden = call(body, ids, mask, use_cache=False).last_hidden_state
-    return scorer.score(hidden)[..., 0].float()
+    found, head = swift.states(model, *read, before_answers(prompt_ids, response_mask))
+    return head(found).float()
 
 
 def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -166,13 +144,19 @@ def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
     ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
     last = prompt_ids.shape[1] + response_mask.sum(1, keepdim=True) - 1  # (B, 1)
-    return token_scores(scorer, ids, mask).gather(1, last)[:, 0]
+    return swift.scores(scorer, ids, mask, torch.zeros_like(mask).scatter(1, last, True))
 
 
 def answer_values(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
     """What the value model expects before each answer token is written, (B, R)."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
-    return token_scores(scorer, *read)[:, -response_ids.shape[1] :] * response_mask
+    wanted = before_answers(prompt_ids, response_mask)
+    return spread(swift.scores(scorer, *read, wanted), response_mask)
+
+
+def spread(x, mask):
+    """One number per real token, (N,), back in its place, (B, R); 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -205,10 +189,9 @@ def generate(
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     luck = lots(B, max_new_tokens, generator, device)
-    feed, mask, cache = prompt_ids, prompt_mask, DynamicCache(config=model.config)
+    reader, logits = swift.reader(model, prompt_ids, prompt_mask, max_new_tokens)
     for t in range(max_new_tokens):
-        out = call(model, feed, mask, use_cache=True, past_key_values=cache, logits_to_keep=1)
-        token, logprob = pick(out.logits[:, -1].float(), luck[live, t], temperature, top_k, top_p)
+        token, logprob = pick(logits.float(), luck[live, t], temperature, top_k, top_p)
         ids[live, t], logprobs[live, t] = token, logprob
         lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
         running = lengths[live] > t + 1
@@ -216,9 +199,9 @@ def generate(
             break
         if running.float().mean() < 0.75:  # finished rows leave the batch, and the cache with them
             keep = running.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            live, mask, token = live[keep], mask[keep], token[keep]
-        feed, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            reader.keep(keep)
+            live, token = live[keep], token[keep]
+        logits = reader.next(token)
     model.train(was_training)
     R = int(lengths.max())
     response_mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)
@@ -238,11 +221,11 @@ def lots(B, R, generator, device):
 
 def pick(logits, luck, temperature, top_k, top_p):
     """One token a row and its log-prob: `luck` in [0, 1) is looked up in the cumulative sum."""
-    logits = logits / (temperature or 1.0)  # (B, V)
+    logits = logits if temperature in (0, 1) else logits / temperature  # (B, V)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        ladder = truncated(logits, top_k, top_p).softmax(-1).double().cumsum(-1)
+        ladder = truncated(logits, top_k, top_p).softmax(-1).cumsum(-1, dtype=torch.float64)
         token = torch.searchsorted(ladder, luck[:, None] * ladder[:, -1:], right=True)
         token = token[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, token_logprobs(logits, token)
@@ -266,6 +249,9 @@ def truncated(logits, top_k, top_p):
 
 def token_logprobs(logits, tokens):
     """log softmax(logits)[token] without ever holding the whole log-softmax."""
+    if logits.requires_grad:  # the same, and its gradient in one sweep
+        picked = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+        return -picked.view(tokens.shape)
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
@@ -276,13 +262,25 @@ def entropies(logits):
 
 
 def response_logprobs(
-    model, prompt_ids, prompt_mask, response_ids, response_mask, *, temperature=1.0
+    model, prompt_ids, prompt_mask, response_ids, response_mask, *, temperature=1.0, entropy=True
 ):
-    """Log-prob of each answer token, and the entropy of the choice: two tensors (B, R)."""
-    logits = answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask)
-    logits = logits / temperature  # (B, R, V)
-    logprobs = token_logprobs(logits, response_ids)
-    return logprobs * response_mask, entropies(logits) * response_mask
+    """Log-prob of each answer token, and the entropy of the choice: two tensors (B, R).
+
+    `entropy=False` leaves the second one 0, and saves its time. Without gradients some tokens at a
+    time: all logits of a large vocabulary would fill the memory.
+    """
+    read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
+    found, head = swift.states(model, *read, before_answers(prompt_ids, response_mask))
+    tokens, pieces = response_ids[response_mask], []
+    size = max(1, len(tokens)) if torch.is_grad_enabled() else 128
+    for state, token in zip(found.split(size), tokens.split(size)):
+        logits = head(state).float()  # (n, V)
+        logits = logits if temperature == 1 else logits / temperature
+        undecided = torch.zeros_like(logits[:, 0])
+        if entropy:  # computed anew where somebody wants its gradient: nothing is kept for that
+            undecided = checkpoint(entropies, logits, use_reentrant=False)
+        pieces.append((token_logprobs(logits, token), undecided))
+    return tuple(spread(torch.cat(column), response_mask) for column in zip(*pieces))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -517,6 +515,7 @@ class Rollout:
     returns: torch.Tensor
     kl_coef: float  # the price of KL
     parts: dict  # {name: mean} of the rewards that make up the sum
+    seconds: dict  # that it took to generate and to score
 
     @property
     def mask(self):
@@ -552,7 +551,7 @@ def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
     prompt = encode_prompts(crew.tokenizer, prompts, cfg, crew.policy.device)
     index = chunks(range(len(prompts)), size or len(prompts))
     pieces = [answer_and_score(crew, prompts, prompt, rows, cfg, generator) for rows in index]
-    texts, parts, *columns = zip(*pieces)
+    texts, parts, seconds, *columns = zip(*pieces)
     ids, mask, logprobs, ref_logprobs, values, scores = map(stack, columns)
     tokens = (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask)
     if cfg.reward_norm:
@@ -564,33 +563,31 @@ def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
     price = kl_coef if cfg.kl_in == "reward" else 0
     found = advantages_of(scores, kl, price, values, mask, cfg)
     means = {name: sum(sum(p[name]) for p in parts) / len(prompts) for name in parts[0]}
+    seconds = {name: sum(s[name] for s in seconds) for name in seconds[0]}
     models_say = tokens, logprobs, ref_logprobs, values, scores, whole
-    return Rollout(prompts, sum(texts, []), *models_say, *found, kl_coef, means)
+    return Rollout(prompts, sum(texts, []), *models_say, *found, kl_coef, means, seconds)
 
 
 def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
-    """Texts of the answers to some rows, and all that the models say about them."""
+    """Texts of the answers to some rows, all that the models say about them, and the seconds."""
     prompt, prompts = [x[rows.start : rows.stop] for x in prompt], [prompts[i] for i in rows]
+    how, start = {"temperature": cfg.temperature, "entropy": False}, time.perf_counter()
     with models.autocast(cfg, crew.policy):
         response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
         tokens = (*prompt, response_ids, mask)
         responses = decode(crew.tokenizer, response_ids, mask)
-        scores, parts = ask(crew.reward, prompts, responses)
-        with crew.as_reference() as reference:
-            ref_logprobs, _ = response_logprobs(reference, *tokens, temperature=cfg.temperature)
-        values = torch.zeros_like(logprobs)
-        if crew.value_model is not None:
-            values = answer_values(crew.value_model, *tokens)
+        written = time.perf_counter()
+        with swift.products(crew.policy):
+            scores, parts = ask(crew.reward, prompts, responses)
+            with crew.as_reference() as reference:
+                ref_logprobs, _ = response_logprobs(reference, *tokens, **how)
+            values = torch.zeros_like(logprobs)
+            if crew.value_model is not None:
+                values = answer_values(crew.value_model, *tokens)
     scores = scores.to(mask.device)
-    return responses, parts, response_ids, mask, logprobs, ref_logprobs, values, scores
-
-
-def stack(pieces):
-    """Pieces of a batch below each other, (b, R) with R of their own or (b,): zeros right."""
-    if pieces[0].dim() == 1:
-        return torch.cat(pieces)
-    R = max(piece.shape[1] for piece in pieces)
-    return torch.cat([F.pad(piece, (0, R - piece.shape[1])) for piece in pieces])
+    seconds = {"generate": written - start, "score": time.perf_counter() - written}
+    models_say = response_ids, mask, logprobs, ref_logprobs, values, scores
+    return responses, parts, seconds, *models_say
 
 
 def advantages_of(scores, kl, price, values, mask, cfg):
@@ -678,14 +675,17 @@ class Optimiser(Sturdy):
     def gradient(self, rows, loss_of, size):
         """Backward, `size` rows at once: pieces weighted by their size make the same gradient."""
         self.adamw.zero_grad()
-        parts, total = [], 0
-        for piece in chunks(rows, size):
-            with models.autocast(self.cfg, self.models[0]):
-                loss, weight, stats = loss_of(piece)
-            self.scaler.scale(loss * weight).backward()
+        parts, total, pieces = [], 0, chunks(rows, size)
+        for piece in pieces:
+            with swift.products(self.models[0]):
+                with models.autocast(self.cfg, self.models[0]):
+                    loss, weight, stats = loss_of(piece)
+                weight = weight if pieces[1:] else 1
+                self.scaler.scale(loss * weight).backward()
             parts.append((weight, stats | {"loss": loss.detach()}))
             total += weight
-        for parameter in (p for group in self.parameters for p in group if p.grad is not None):
+        learning = [p for group in self.parameters for p in group if p.grad is not None]
+        for parameter in learning if pieces[1:] else []:
             parameter.grad /= total
         return {name: sum(w * float(s[name]) for w, s in parts) / total for name in parts[0][1]}
 
@@ -748,14 +748,15 @@ def pretrain(cfg, stage):
         stats |= optimiser.step(rows, loss_of, step)
         if step % 20 == 0 or step == cfg.pretrain_steps - 1:
             stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
-        yield stage.log(stats | {"seconds": time.perf_counter() - start})
+        yield stage.log(timed(stats, start, tokens=size * cfg.pretrain_length))
     return model, tokenizer
 
 
 def next_token_loss(model, ids):
     """Cross-entropy of every token given those before it; ids (B, T)."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    read = ids[:, :-1], torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    found, head = swift.states(model, *read, read[1])
+    return F.cross_entropy(head(found).float(), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -764,8 +765,8 @@ def copying(model, tokenizer, texts, cfg):
     questions, answers = zip(*texts)
     tokens = encode_pairs(tokenizer, questions, answers, cfg, model.device)
     copied = (tokens[2][:, :, None] == tokens[0][:, None, :]).any(2) & tokens[3]  # (B, R)
-    foreseen = answer_logits(model, *tokens).argmax(-1) == tokens[2]
-    return masked_mean(foreseen.float(), copied).item()
+    foreseen = answer_logits(model, *tokens).argmax(-1) == tokens[2][tokens[3]]  # (N,)
+    return masked_mean(foreseen.float(), copied[tokens[3]]).item()
 
 
 def train_actor(cfg):
@@ -789,7 +790,7 @@ def train_actor(cfg):
             metrics |= optimiser.step([rows[i] for i in plan[step]], loss_of, step)
             if held and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
                 metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
-            yield stage.log(metrics | {"seconds": time.perf_counter() - start})
+            yield stage.log(timed(metrics, start, rows=len(plan[step])))
         stage.summary = {"loss": metrics.get("validation_loss", metrics["loss"])}
         models.save(model, tokenizer, stage.folder)
 
@@ -803,7 +804,7 @@ def sft_loss(model, tokenizer, cfg, rows):
     """Minus the mean log-prob of the answers' tokens, eos included; and how many there are."""
     texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
     tokens = encode_pairs(tokenizer, *texts, cfg, model.device)
-    logprobs, _ = response_logprobs(model, *tokens)
+    logprobs, _ = response_logprobs(model, *tokens, entropy=False)
     return -masked_mean(logprobs, tokens[3]), int(tokens[3].sum()), {}
 
 
@@ -839,7 +840,7 @@ def train_critic(cfg):
             batch = [[rows[i] for i in places] for places in zip(*(plan[step] for plan in plans))]
             metrics = {"step": step + 1, "steps": len(plans[0])}
             metrics |= optimiser.step(batch, loss_of, step)
-            yield stage.log(metrics | {"seconds": time.perf_counter() - start})
+            yield stage.log(timed(metrics, start, rows=len(batch)))
         stage.summary = {"accuracy": metrics["accuracy"]}
         for i, model in enumerate(members):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
@@ -948,7 +949,9 @@ def ppo(crew, rollout, cfg, rows):
     )
     kl = kl_loss(logprobs, old["ref_logprobs"], mask, estimator=cfg.kl_estimator, unit=unit)
     entropy = mean_over(entropy, mask, unit)
-    loss = policy_loss + cfg.value_coef * value_loss - cfg.entropy_coef * entropy
+    loss = policy_loss + cfg.value_coef * value_loss
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * entropy
     if cfg.kl_in == "loss":
         loss = loss + rollout.kl_coef * kl
     stats |= value_stats | {"value_loss": value_loss, "entropy": entropy}
@@ -967,7 +970,9 @@ def grpo(crew, rollout, cfg, rows):
     )  # fmt: skip
     entropy = mean_over(entropy, mask, unit)
     stats |= detached({"kl_in_loss": stats.pop("kl"), "policy_loss": loss, "entropy": entropy})
-    return loss - cfg.entropy_coef * entropy, weight_of(mask, unit), stats
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * entropy
+    return loss, weight_of(mask, unit), stats
 
 
 ALGORITHMS = {"ppo": ppo, "grpo": grpo, "rloo": grpo}
@@ -995,17 +1000,6 @@ def improve(crew, optimiser, rollout, cfg, step, algorithm=ppo):
             yield stats
         if cfg.stop_kl and stats.get("approx_kl", 0) > cfg.stop_kl:
             return
-
-
-def prompt_batch(cfg, prompts, step):
-    """The prompts of one step, each `answers` times in a row; a new order each time round."""
-    batch, count = [], cfg.rollout // cfg.answers
-    for i in range(step * count, (step + 1) * count):
-        lap, place = divmod(i, len(prompts))
-        if place == 0 or not batch:
-            order = torch.randperm(len(prompts), generator=dice(cfg, "prompts", lap)).tolist()
-        batch += [prompts[order[place]]] * cfg.answers
-    return batch
 
 
 def roll_out(crew, optimiser, prompts, cfg, step):
@@ -1056,7 +1050,8 @@ def from_answers(crew, cfg, stage, algorithm):
         if cfg.algorithm == "ppo":
             foreseen = explained_variance(rollout.values, rollout.returns, rollout.mask)
             metrics["explained_variance"] = foreseen.item()
-        metrics |= {"seconds_rollout": half - start, "seconds": time.perf_counter() - start}
+        end = time.perf_counter()
+        metrics |= {"seconds_update": end - half, "seconds": end - start}
         again = step % cfg.sample_every == 0 or step == cfg.steps - 1
         stage.samples(samples_of(rollout, look(crew, prompts[:4], cfg) if again else [], step))
         optimiser.state["kl_coef"] = next_kl_coef(price, metrics["kl"], cfg)
@@ -1095,7 +1090,7 @@ def from_pairs(crew, cfg, stage):
             stage.samples(
                 {"step": step + 1, "fixed": True} | row for row in look(crew, prompts, cfg)
             )
-        yield metrics | {"seconds": time.perf_counter() - start}
+        yield timed(metrics, start, rows=len(plan[step]))
 
 
 def pair_logprobs(model, tokenizer, rows, cfg):
@@ -1104,7 +1099,7 @@ def pair_logprobs(model, tokenizer, rows, cfg):
     prompts = [row["prompt"] for row in rows] * 2
     tokens = encode_pairs(tokenizer, prompts, answers, cfg, model.device)
     with models.autocast(cfg, model):
-        logprobs, _ = response_logprobs(model, *tokens)
+        logprobs, _ = response_logprobs(model, *tokens, entropy=False)
     half = len(rows)
     nll = -mean_over(logprobs[:half], tokens[3][:half], "answer")
     return *logprobs.sum(1).chunk(2), nll
@@ -1145,9 +1140,10 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
     """
     results, prompts = [], prompts_of(rows)
     for tokens in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, temperature):
-        ours = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)[0]
+        how = {"temperature": cfg.temperature, "entropy": False}
+        ours = response_logprobs(crew.policy, *tokens, **how)[0]
         with crew.as_reference() as reference:
-            theirs = response_logprobs(reference, *tokens, temperature=cfg.temperature)[0]
+            theirs = response_logprobs(reference, *tokens, **how)[0]
         part = rows[len(results) : len(results) + len(tokens[0])]
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {

@@ -139,6 +139,13 @@ def files(root, stage):
     table = [{"file": f"model/{stage}/{name}", "bytes": n} for name, n in record["files"].items()]
     show(pd.DataFrame(table))
     print(f"{record['seconds']:.0f} s, {record['peak_memory_mb']} MB at most")
+    history = artifact(root, stage) / "metrics.jsonl"
+    spent = pd.read_json(history, lines=True) if history.exists() else pd.DataFrame()
+    told = [f"{name[8:]} {spent[name].sum():.1f} s" for name in spent if "seconds_" in name]
+    speeds = [name for name in spent if name.endswith("_per_second")]
+    told += [f"{spent[name].median():,.0f} {name.replace('_', ' ')}" for name in speeds]
+    if told:  # a copied model has neither, nor has the report
+        print(f"{len(spent)} steps: {', '.join(told)}")
 
 
 def samples(root):

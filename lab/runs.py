@@ -326,6 +326,7 @@ class Stage:
     def log(self, metrics):
         """One step's metrics: kept as a line, handed on to whoever watches."""
         metrics = {name: rounded(value) for name, value in metrics.items()}
+        metrics["peak_memory_mb"] = round(peak_memory_mb())
         self.append("metrics.jsonl", [metrics])
         return metrics
 

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from lab import CourseError
 from lab.data import apart, read_rows
@@ -53,3 +54,22 @@ def read_dataset(cfg, name, needs=("prompt",)):
     """A file of dataset/ as rows, through a reader of one's own where there is one."""
     reader = named("reader", cfg.reader, {}) if cfg.reader else None
     return read_rows(Path(cfg.root) / "dataset" / name, needs, reader)
+
+
+def prompt_batch(cfg, prompts, step):
+    """The prompts of one step, each `answers` times in a row; a new order each time round."""
+    batch, count = [], cfg.rollout // cfg.answers
+    for i in range(step * count, (step + 1) * count):
+        lap, place = divmod(i, len(prompts))
+        if place == 0 or not batch:
+            order = torch.randperm(len(prompts), generator=dice(cfg, "prompts", lap)).tolist()
+        batch += [prompts[order[place]]] * cfg.answers
+    return batch
+
+
+def stack(pieces):
+    """Pieces of a batch below each other, (b, R) with R of their own or (b,): zeros right."""
+    if pieces[0].dim() == 1:
+        return torch.cat(pieces)
+    R = max(piece.shape[1] for piece in pieces)
+    return torch.cat([F.pad(piece, (0, R - piece.shape[1])) for piece in pieces])

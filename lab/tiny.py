@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from lab.models import FRAME
+
 
 def train_tokenizer(texts, vocab_size):
     """A byte-level BPE: any text can be written, and words that occur often become one token."""
@@ -18,7 +20,11 @@ def train_tokenizer(texts, vocab_size):
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="</s>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="</s>",
+        chat_template=FRAME,
     )
 
 

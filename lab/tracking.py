@@ -1,5 +1,14 @@
 """What is worth noting down of a rollout and of the updates that follow it."""
 
+import time
+
+
+def timed(metrics, start, **done):
+    """The metrics of a step with its seconds, and how many `tokens` or `rows` it did in one."""
+    seconds = time.perf_counter() - start
+    speed = {f"{what}_per_second": count / seconds for what, count in done.items()}
+    return metrics | {"seconds": seconds} | speed
+
 
 def mean_of(updates):
     """The mean of each figure; of ratio_error the first, which ought to be 0."""
@@ -16,6 +25,8 @@ def rollout_metrics(rollout, cfg):
         "eos": rollout.ended.float().mean().item(),
         "empty": sum(not text for text in rollout.responses) / len(rollout.responses),
     }
+    metrics |= {f"seconds_{name}": spent for name, spent in rollout.seconds.items()}
+    metrics["tokens_per_second"] = rollout.mask.sum().item() / rollout.seconds["generate"]
     metrics |= {f"reward_{name}": mean for name, mean in rollout.parts.items()}
     if cfg.answers > 1:  # a group whose answers are all worth the same teaches nothing
         groups = rollout.scores.view(-1, cfg.answers)

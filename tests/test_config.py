@@ -66,7 +66,9 @@ def config(root, values):
 def figures(lines):
     """Metrics as they were written, but for the clock."""
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    return [
+        {k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows
+    ]
 
 
 def left(folder):

@@ -14,7 +14,6 @@ import pytest
 from nbclient import NotebookClient
 
 HOME = Path(__file__).resolve().parent.parent
-TIMES = {"seconds", "seconds_rollout"}
 SECRETS = {
     name: prefix + secrets.token_hex(16)
     for name, prefix in {
@@ -58,7 +57,10 @@ def figures(root):
     for stage in ("base", "actor", "critic", "rlhf"):
         lines = (root / "model" / stage / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        found[stage] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+        found[stage] = [
+            {k: v for k, v in row.items() if "second" not in k and "memory" not in k}
+            for row in rows
+        ]
     report = json.loads((root / "model" / "report" / "report.json").read_text())
     return found | {"report": {k: v for k, v in report.items() if k != "seconds"}}
 

@@ -1476,7 +1476,9 @@ def lost(before, after, stage):
 def figures(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    return [
+        {k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows
+    ]
 
 
 def same(promise, found, expected):

@@ -134,7 +134,7 @@ def test_every_name_is_defined_once():
 SAMPLING = "max_new_tokens temperature top_k top_p eos_token_id pad_token_id generator"
 FACE = {  # name -> its keyword-only arguments
     "generate": SAMPLING,
-    "response_logprobs": "temperature",
+    "response_logprobs": "temperature entropy",
     "masked_mean": "",
     "masked_whiten": "",
     "pairwise_loss": "",
@@ -161,6 +161,7 @@ def test_the_public_face_has_its_old_defaults():
     policy, grpo = (inspect.signature(f) for f in (util.ppo_policy_loss, util.grpo_loss))
     assert policy.parameters["unit"].default == grpo.parameters["unit"].default == "token"
     assert grpo.parameters["estimator"].default == "k3"
+    assert inspect.signature(util.response_logprobs).parameters["entropy"].default is True
 
 
 def test_loaders_are_callable_and_loops_are_generators():

@@ -49,7 +49,10 @@ def result(folder, stage):
     """Everything a stage leaves, but for the clock."""
     model = folder / "model" / stage
     lines = (model / "metrics.jsonl").read_text().splitlines()
-    metrics = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
+    metrics = [
+        {k: v for k, v in json.loads(line).items() if "second" not in k and "memory" not in k}
+        for line in lines
+    ]
     samples = model / "samples.jsonl"
     text = samples.read_text() if samples.exists() else ""
     return (model / "model.safetensors").read_bytes(), metrics, text

@@ -61,7 +61,9 @@ def test_a_stage_is_published_with_all_that_the_design_promises(tmp_path):
 
 def test_log_hands_on_what_it_wrote(tmp_path):
     with Stage(tmp_path, "base", {}) as stage:
-        assert stage.log({"step": 1, "loss": 0.123456789}) == {"step": 1, "loss": 0.123457}
+        told = stage.log({"step": 1, "loss": 0.123456789})
+        assert json.loads((stage.folder / "metrics.jsonl").read_text(encoding="utf-8")) == told
+        assert told.pop("peak_memory_mb") > 1 and told == {"step": 1, "loss": 0.123457}
         stage.samples([{"response": "é"}])
         stage.samples([{"response": "b"}])
         lines = (stage.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
