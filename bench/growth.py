@@ -56,7 +56,7 @@ class Size:
 
     def score(self):
         with torch.no_grad():
-            util.response_logprobs(self.model, *self.tokens)
+            util.response_logprobs(self.model, *self.tokens, entropy=False)
 
     def update(self):
         """Forward, backward, AdamW."""

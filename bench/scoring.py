@@ -41,7 +41,7 @@ def contenders(model, tokens, backward):
         return logprobs.detach()
 
     return {
-        "ours": lambda: run(lambda *args: util.response_logprobs(*args)[0]),
+        "ours": lambda: run(lambda *args: util.response_logprobs(*args, entropy=False)[0]),
         "all positions": lambda: run(over_all_positions),
     }
 
