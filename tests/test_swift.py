@@ -469,3 +469,41 @@ def test_a_model_that_does_something_of_its_own(odd, tokens, pad_left):
 
 def test_every_family_is_tested():
     assert {type(made(name).base_model) for name in KINDS} == set(swift.FAMILIES)
+
+
+# ------------------------------------------------------------------------------------------------
+# Products
+
+
+@pytest.mark.parametrize("width, quicker, inside", [
+    (512, True, "medium"), (512, False, "highest"), (256, True, "highest"),
+])  # fmt: skip
+def test_only_wide_models_multiply_otherwise_and_only_within(monkeypatch, width, quicker, inside):
+    monkeypatch.setattr(swift, "quicker", lambda: quicker)
+    model = made("llama", hidden_size=width)
+    with pytest.raises(ZeroDivisionError), swift.products(model):
+        assert torch.get_float32_matmul_precision() == inside
+        1 / 0  # noqa: B018
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("gain, exact", [(2.0, True), (2.0, False), (1.0, True)])
+def test_products_have_to_be_faster_and_exact(monkeypatch, capsys, gain, exact):
+    own = torch.mm
+
+    def mm(a, b):
+        rounds = torch.get_float32_matmul_precision() == "medium" and not exact
+        return own(a.bfloat16().float(), b) if rounds and a.dtype == torch.float32 else own(a, b)
+
+    def timed(function, *arguments):
+        return 1.0 / (gain if torch.get_float32_matmul_precision() == "medium" else 1)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(swift, "timed", timed)
+    if exact:  # whatever this machine's own "medium" does
+        monkeypatch.setattr(torch, "mm", lambda a, b: own(a.double(), b.double()).to(a.dtype))
+    luck = torch.get_rng_state()
+    assert swift.quicker.__wrapped__(64) == (exact and gain > 1.2)
+    assert torch.equal(torch.get_rng_state(), luck)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert ("times as fast" in capsys.readouterr().out) == (exact and gain > 1.2)
