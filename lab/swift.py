@@ -124,7 +124,7 @@ class Reader:
 def products(model):
     """Within, a wide model on the CPU multiplies in the fastest way that is exact."""
     before = torch.get_float32_matmul_precision()
-    width = getattr(inner(model).config, "hidden_size", 0)
+    width = getattr(getattr(model, "config", None), "hidden_size", 0)
     if model.device.type == "cpu" and width >= WIDE and quicker():
         torch.set_float32_matmul_precision("medium")
     try:
