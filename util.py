@@ -393,7 +393,7 @@ def group_advantages(rewards, group_size, *, scale=True):
     groups = groups - groups[:, :1]  # equal rewards are exactly 0: a rounding would be scaled up
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
-        centred = centred / (groups.std(1, keepdim=True) + 1e-6)
+        centred = centred / (groups.std(1, keepdim=True) + 1e-4)  # far above rounding
     return centred.flatten()
 
 
