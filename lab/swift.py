@@ -196,7 +196,6 @@ def opt(body):
     skipping = body.training and decoder.layerdrop  # whole layers, now and then
     if not shape.do_layer_norm_before or decoder.project_in or skipping:
         return None
-    table = decoder.embed_positions
     layers = [
         Layer(
             layer.self_attn_layer_norm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"], (),
@@ -207,7 +206,7 @@ def opt(body):
     ]  # fmt: skip
 
     def embed(ids, positions):
-        return decoder.embed_tokens(ids) + F.embedding(positions + table.offset, table.weight)
+        return decoder.embed_tokens(ids) + decoder.embed_positions(None, position_ids=positions)
 
     heads = shape.num_attention_heads
     norm = decoder.final_layer_norm or torch.nn.Identity()
@@ -238,11 +237,9 @@ def llama(body):
     """Llama, Mistral and Qwen: rotary positions, gated MLPs, fewer keys than queries."""
     shape = body.config
     window = getattr(shape, "sliding_window", None)
-    uses_window = "sliding_attention" in (
-        getattr(shape, "layer_types", None) or ["sliding_attention"]
-    )
+    kinds = getattr(shape, "layer_types", None) or ["sliding_attention"]
     stretched = body.rotary_emb.rope_type in ("dynamic", "longrope")
-    if (window and uses_window) or stretched:
+    if (window and "sliding_attention" in kinds) or stretched:
         return None
     layers = []
     for layer in body.layers:

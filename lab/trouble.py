@@ -58,7 +58,7 @@ def find_device(name):
     try:
         torch.zeros(1, device=name).item()  # there is a device without numbers, "meta"
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):  # torch has one for each backend
+    except (RuntimeError, AssertionError):  # torch has one for each backend
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         known = ", ".join(["auto", "cpu", *gpus])
         raise CourseError(f"device = {name!r} is not there: this machine has {known}.") from None
