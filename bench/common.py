@@ -1,7 +1,6 @@
 """What the benches share: models, lengths, timing in turns, memory, arithmetic, tables."""
 
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -123,13 +122,6 @@ def in_turns(contenders, rounds, warm=1):
 def ratios(above, below):
     """Round by round, so that what slows a whole round cancels out."""
     return [a / b for a, b in zip(above, below)]
-
-
-def give_back():
-    """Freed memory goes back to the system, where the C library can be asked to."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 class Peak:

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 
 import util  # noqa: E402
 from bench import common  # noqa: E402
+from lab import memory  # noqa: E402
 
 ROUNDS = {"tiny": 15, "opt125m": 3}
 ROWS, PROMPT, ANSWER = 8, 128, 64
@@ -58,7 +59,7 @@ def lines(name, rounds):
         seconds = common.in_turns(both, rounds)
         peaks = {}
         for who, run in both.items():
-            common.give_back()
+            memory.give_back()
             peak = common.Peak().start()
             run()
             peak.stop()

@@ -14,7 +14,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from tqdm import tqdm
 
-from lab import report
+from lab import memory, report
 from lab.data import repeated
 from lab.runs import artifact, read_record, versions
 from lab.world import judge, knows
@@ -88,6 +88,7 @@ def watch(steps, panels, what):
             handles = redraw(handles, history, panels, what, now - started)
             due = time.perf_counter() + max(2.0, 20 * (time.perf_counter() - now))
     redraw(handles, history, panels, what, time.perf_counter() - started)
+    memory.give_back()  # the notebook stays open, its models are saved
     return pd.DataFrame(history)
 
 

@@ -89,9 +89,14 @@ def reader(model, prompt_ids, prompt_mask, room):
     both = torch.stack([prompt_ids, prompt_mask.long()], dim=1)
     both, copies = torch.unique_consecutive(both, dim=0, return_inverse=True)
     ids, mask = both[:, 0], both[:, 1].bool()
-    decoder, swift = decoder_of(model), layout(ids, mask, last_column(mask)) is not None
-    found = SwiftReader(model, decoder, room) if decoder and swift else Reader(model)
-    logits = found.read(ids, mask)
+    decoder = decoder_of(model)
+    batch = layout(ids, mask, last_column(mask)) if decoder else None
+    if batch:
+        found = SwiftReader(model, decoder, room)
+        logits = found.read(batch)
+    else:
+        found = Reader(model)
+        logits = found.read(ids, mask)
     if len(ids) < len(copies):
         logits = logits[copies]
         found.keep(copies)
@@ -301,51 +306,39 @@ def decoder_of(model):
 
 
 @dataclass
-class Group:
-    """Rows of about the same length, which attend side by side."""
-
-    rows: torch.Tensor  # their numbers in the batch
-    tokens: int  # of all of them
-    length: int  # of the longest
-    place: torch.Tensor | None  # (tokens,): each one's slot in rows x length; None: all are filled
-
-    def side_by_side(self, x):
-        """(tokens, heads, d) -> (rows, heads, length, d), moved to the left."""
-        if self.place is not None:
-            room = x.new_zeros(len(self.rows) * self.length, *x.shape[1:])
-            x = room.index_copy(0, self.place, x)
-        return x.view(len(self.rows), self.length, *x.shape[1:]).transpose(1, 2)
-
-    def one_behind_the_other(self, x):
-        """(rows, heads, length, d) -> (tokens, heads * d)"""
-        x = x.transpose(1, 2).reshape(len(self.rows) * self.length, -1)
-        return x if self.place is None else x.index_select(0, self.place)
-
-
-@dataclass
 class Layout:
-    """The real tokens of a batch, one behind the other, short rows first."""
+    """The real tokens of a batch, one behind the other. Rows that start alike share their start:
+    a pair its prompt, a group of answers too. Whoever has read the same thinks the same of it."""
 
+    lengths: torch.Tensor  # (B,), of the rows
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,), counted from the row's first real token
     wanted: torch.Tensor  # numbers of the tokens that were asked for, in the order of the batch
-    groups: list
+    groups: list  # (rows, length): rows of about the same length, which attend side by side
+    slots: torch.Tensor | None  # the token in each slot of each group's rows; None: one in each
+    home: torch.Tensor | None  # (N,), the slot in which each token is at home
 
     def attention(self, q, k, v, drop=0.0, keep=None):
         """What each token sees of its own row up to itself, (N, heads * d).
 
         `keep(rows, k, v)` may take the keys and values of each group along.
         """
-        sizes, seen = [group.tokens for group in self.groups], []
-        for group, *parts in zip(self.groups, *(x.split(sizes) for x in (q, k, v))):
-            q, k, v = (group.side_by_side(part) for part in parts)
+        if self.slots is not None:
+            q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
+        sizes, seen = [len(rows) * length for rows, length in self.groups], []
+        width = q.shape[-1]
+        for (rows, length), *parts in zip(self.groups, *(x.split(sizes) for x in (q, k, v))):
+            # (rows * length, heads, d) -> (rows, heads, length, d), filled from the left
+            shape = len(rows), length, -1, width
+            q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
             if keep:
-                keep(group.rows, k, v)
+                keep(rows, k, v)
             if q.shape[1] > k.shape[1]:  # several queries share a key
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=drop)
-            seen.append(group.one_behind_the_other(out))
-        return torch.cat(seen)
+            seen.append(out.transpose(1, 2).reshape(len(rows) * length, -1))
+        seen = torch.cat(seen)
+        return seen if self.home is None else seen.index_select(0, self.home)
 
 
 def layout(ids, mask, wanted):
@@ -358,20 +351,35 @@ def layout(ids, mask, wanted):
     gaps = not mask.gather(1, columns)[real].all() or not lengths.all()
     if gaps or int(asked.sum()) != int(wanted.sum()):
         return None
-    order = lengths.argsort(stable=True)
+    ids = ids.gather(1, columns).masked_fill(~real, -1)
+    reader = first_readers(ids)  # (B, L)
+    own = real & (reader == torch.arange(len(ids), device=ids.device)[:, None])
+    order = lengths.argsort(stable=True)  # short rows first
     number = torch.empty_like(columns)  # of each slot's token among all
-    number[order] = (lengths[order].cumsum(0) - lengths[order])[:, None] + slot
-    count = GROUPS if ids.device.type == "cpu" else 1
-    groups = [group(rows, lengths[rows]) for rows in order.split(-(-len(order) // count))]
-    ids, positions = ids.gather(1, columns)[order], slot.expand_as(columns)
-    return Layout(ids[real[order]], positions[real[order]], number[asked], groups)
+    number[order] = own[order].flatten().cumsum(0).view(columns.shape) - 1
+    number = number.gather(0, reader).masked_fill(~real, 0)  # an empty slot is never looked at
+    several = order.split(-(-len(order) // (GROUPS if ids.device.type == "cpu" else 1)))
+    groups = [(rows, int(lengths[rows].max())) for rows in several]
+    slots, home = (
+        torch.cat([part[rows, :length].flatten() for rows, length in groups])
+        for part in (number, own)
+    )
+    home = home.nonzero()[:, 0]
+    ids, positions = ids[order][own[order]], slot.expand_as(columns)[own[order]]
+    one_in_each = len(slots) == len(home)
+    places = (None, None) if one_in_each else (slots, home)
+    return Layout(lengths, ids, positions, number[asked], groups, *places)
 
 
-def group(rows, lengths):
-    length, tokens = int(lengths.max()), int(lengths.sum())
-    filled = torch.arange(length, device=lengths.device) < lengths[:, None]
-    place = None if tokens == filled.numel() else filled.flatten().nonzero()[:, 0]
-    return Group(rows, tokens, length, place)
+def first_readers(ids):
+    """Which row reads a token for all that have started alike so far, (B, L): the alphabet's first,
+    because in alphabetical order they are neighbours."""
+    order = ids.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+    rows, ordered = torch.arange(len(ids), device=ids.device)[:, None], ids[order]
+    alike = (ordered[1:] == ordered[:-1]).int().cummin(1).values.bool()  # as the row above, so far
+    new = F.pad(~alike, (0, 0, 1, 0), value=True)
+    first = torch.where(new, rows, 0).cummax(0).values
+    return torch.empty_like(first).index_copy(0, order, order[first])
 
 
 def unpadded(model, ids, mask, wanted):
@@ -439,11 +447,11 @@ class SwiftReader:
         # what one query multiplies lies in a row.
         self.keys, self.values = [], []
 
-    def read(self, ids, mask):
-        """Logits behind each prompt, (B, V); left-padded ids (B, P)."""
-        batch = layout(ids, mask, last_column(mask))
-
-        size = len(ids), self.decoder.key_heads, ids.shape[1] + self.room, self.decoder.width
+    def read(self, batch):
+        """Logits behind each prompt of a layout, (B, V)."""
+        self.at = batch.lengths  # (B,), where each row goes on
+        self.measure()
+        size = len(self.at), self.decoder.key_heads, self.longest + self.room, self.decoder.width
 
         def attend(i, q, k, v):
             keys, values = k.new_zeros(size).mT.contiguous(), v.new_zeros(size)
@@ -455,8 +463,6 @@ class SwiftReader:
             self.values.append(values)
             return batch.attention(q, k, v, keep=keep)
 
-        self.at = mask.sum(1)  # (B,), where each row goes on
-        self.measure()
         return self.head(through(self.decoder, batch.ids, batch.positions, attend, batch.wanted))
 
     def keep(self, rows):

@@ -7,7 +7,7 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab import CourseError
+from lab import CourseError, memory
 from lab.data import repeated
 from lab.hub import reach, reason_of
 
@@ -165,6 +165,7 @@ class Sturdy:
     """
 
     def __init__(self, cfg, models, frozen, say):
+        memory.keep()  # every step asks for the same blocks again
         self.cfg, self.models, self.frozen, self.say = cfg, models, frozen, say
         self.sizes = {"rollout_batch": cfg.rollout}
         self.state = {"skipped": 0, "in_a_row": 0}

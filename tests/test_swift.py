@@ -30,7 +30,10 @@ PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20]]
 ANSWERS = [[8, 8, 1], [30, 31, 32, 33, 1], [1], [12, 50]]
 EQUAL = [[5, 9, 3, 11], [7, 8, 9, 10], [2, 4, 6, 8], [33, 20, 21, 22]]
 FULL = [[12, 50, 3, 8, 8, 1], [30, 31, 32, 33, 40, 1], [9, 8, 7, 6, 1], [12, 50, 51, 52, 53, 1]]
-BATCHES = {"padded": (PROMPTS, ANSWERS), "full": (EQUAL, FULL)}
+# One text twice, two answers to one prompt, a start that is a prompt in one row and not in another.
+ALIKE = [[5, 9, 3], [7, 2], [5, 9], [5, 9, 3], [5, 9, 3]]
+REPLIES = [[8, 8, 1], [1], [3, 8, 12, 1], [8, 8, 1], [8, 30, 31, 1]]
+BATCHES = {"padded": (PROMPTS, ANSWERS), "full": (EQUAL, FULL), "alike": (ALIKE, REPLIES)}
 STOPS = list(range(3, VOCABULARY, 7))
 
 
@@ -59,7 +62,7 @@ def model(name):
     return made(name)
 
 
-@pytest.fixture(params=[("padded", 1), ("padded", 8), ("full", 1)], ids=str)
+@pytest.fixture(params=[("padded", 1), ("padded", 8), ("full", 1), ("alike", 8)], ids=str)
 def tokens(request, monkeypatch, pad_left, pad_right):
     """The four tensors of scoring: for each of the ways in which rows attend side by side."""
     name, groups = request.param
@@ -67,9 +70,9 @@ def tokens(request, monkeypatch, pad_left, pad_right):
     monkeypatch.setattr(swift, "GROUPS", groups)
     found = *pad_left(prompts, 44), *pad_right(answers, 44)
     read = util.before_each_token(*found)
-    made = swift.layout(*read, util.before_answers(found[0], found[3])).groups
-    assert len(made) == min(groups, len(prompts))
-    assert any(group.place is not None for group in made) == (request.param == ("padded", 1))
+    made = swift.layout(*read, util.before_answers(found[0], found[3]))
+    assert len(made.groups) == min(groups, len(prompts))
+    assert (made.slots is None) == (request.param in [("padded", 8), ("full", 1)])
     return found
 
 
@@ -225,6 +228,20 @@ def test_a_prompt_that_is_to_be_answered_several_times_is_read_once(model, pad_l
     assert shapes[0].numel() == sum(map(len, prompts)) and shapes[1].numel() == len(several)
     read = [shape for shape in shapes if len(shape) == 2 and shape[1] > 1]
     assert [tuple(shape) for shape in read] == [(len(prompts), max(map(len, prompts)))]
+
+
+@torch.no_grad()
+def test_what_rows_have_in_common_at_their_start_is_read_once(model, pad_left, pad_right):
+    """A reward model reads pairs, GRPO groups: most of what they read is the same prompt."""
+    tokens = *pad_left(ALIKE, 44), *pad_right(REPLIES, 44)
+    texts = [
+        prompt + answer[:3] for prompt, answer in zip(ALIKE, REPLIES)
+    ]  # the last foresees none
+    different = {tuple(text[: n + 1]) for text in texts for n in range(len(text))}
+    embedded = model.get_input_embeddings()
+    with watched(type(embedded), lambda module: module is embedded) as shapes:
+        util.response_logprobs(model, *tokens)
+    assert [shape.numel() for shape in shapes] == [len(different)] == [12]
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
@@ -442,7 +459,7 @@ ODD = {  # name: (family, what is odd)
     "norms behind": ("opt", dict(do_layer_norm_before=False)),
     "scaled by layer": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
     "not scaled": ("gpt2", dict(scale_attn_weights=False)),
-    "dynamic rope": ("llama", dict(rope_parameters=DYNAMIC, max_position_embeddings=6)),
+    "dynamic rope": ("llama", dict(rope_parameters=DYNAMIC, max_position_embeddings=5)),
     "a forward of its own": ("llama", dict(kind=Louder)),
     "a body of its own": ("llama", dict(kind=shifted)),
 }  # fmt: skip
