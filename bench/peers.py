@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,15 +64,20 @@ class Worker:
 
     def step(self):
         """One step, as what it took: {"total": seconds, ...}."""
-        print("go", file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):
+            print("go", file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             self.errors.seek(0)
-            raise SystemExit(f"{self.who} stopped:\n{self.errors.read()[-3000:]}")
+            raise SystemExit(
+                f"{self.who} stopped (was there memory for all? --who takes some of them):\n"
+                f"{self.errors.read()[-3000:]}"
+            )
         return json.loads(answer)
 
     def close(self):
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -85,9 +91,9 @@ def phases(step):
     return found | {"peak MB": step["peak"]}
 
 
-def compete(folder, case, shape, rounds):
+def compete(folder, case, shape, rounds, chosen):
     """The lines of one table; ratios are taken round by round."""
-    workers, steps = [], {who: [] for who in CASES[case]}
+    workers, steps = [], {who: [] for who in CASES[case] if who == "ours" or who in chosen}
     try:
         for who in steps:
             workers.append(Worker(folder, who, case, shape))
@@ -111,7 +117,9 @@ def main():
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--peers", type=Path, default=FOLDER, help="where --install put TRL")
     parser.add_argument("--install", type=Path, metavar="FOLDER", help="install TRL, then stop")
-    parser.add_argument("--work", choices={who for case in CASES.values() for who in case})
+    everybody = sorted({who for case in CASES.values() for who in case})
+    parser.add_argument("--who", nargs="+", default=everybody, choices=everybody)
+    parser.add_argument("--work", choices=everybody)
     args = parser.parse_args()
     if args.install:
         return install(args.install)
@@ -121,7 +129,7 @@ def main():
     for shape in args.shape:
         for case in args.case:
             few = 2 if (case, shape) == ("ppo", "opt125m") else ROUNDS[shape]
-            lines = compete(args.peers.resolve(), case, shape, args.rounds or few)
+            lines = compete(args.peers.resolve(), case, shape, args.rounds or few, args.who)
             report.table(f"{TITLES[case]}, {shape}", list(lines))
 
 
