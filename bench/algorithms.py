@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pandas as pd  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 import util  # noqa: E402
 from lab import report, world  # noqa: E402
@@ -91,6 +92,8 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000)
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
     args = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     rows, runs = list(world.rows(world.World(), "eval", args.rows)), []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
 """What a model makes of a text: of any causal language model, and of six families without waste.
 
-Three things make OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3 fast. Rows lie one behind the other
+Four things make OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3 fast. Rows lie one behind the other
 without padding, and only attention, which has to tell rows apart, lays them side by side: moved to
-the left, so that "causal" is mask enough. The last layer goes on only at the places that somebody
-asks for. And while answers are written, weights that are used together lie together, and keys and
-values have one fixed place.
+the left, so that "causal" is mask enough. What rows have in common at their start is read once. The
+last layer goes on only at the places that somebody asks for. And while answers are written, weights
+that are used together lie together, and keys and values have one fixed place.
 
 Any other model, and any that does something of its own, takes the plain path to the same numbers.
 Whoever wants all of them to take it empties FAMILIES.
@@ -342,7 +342,8 @@ class Layout:
 
 
 def layout(ids, mask, wanted):
-    """None where a row has gaps or no tokens, or something is asked for where there is no token."""
+    """How padded rows (B, T) become tokens one behind the other. None where a row has gaps or no
+    tokens, or something is asked for where there is no token."""
     lengths, first = mask.sum(1), mask.int().argmax(1)
     slot = torch.arange(max(int(lengths.max()), 1), device=ids.device)
     columns = (first[:, None] + slot).clamp(max=mask.shape[1] - 1)  # (B, L): rows moved to the left
@@ -366,8 +367,7 @@ def layout(ids, mask, wanted):
     )
     home = home.nonzero()[:, 0]
     ids, positions = ids[order][own[order]], slot.expand_as(columns)[own[order]]
-    one_in_each = len(slots) == len(home)
-    places = (None, None) if one_in_each else (slots, home)
+    places = (slots, home) if len(slots) > len(home) else (None, None)
     return Layout(lengths, ids, positions, number[asked], groups, *places)
 
 
