@@ -204,6 +204,17 @@ def test_an_unknown_parameter_is_an_error_under_plain_papermill(root, tmp_path):
         )
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_notebook_of_rlhf_knows_how_exact_half_precision_is(root, tmp_path, precision):
+    for part in ("dataset", "model"):
+        shutil.copytree(root / part, tmp_path / part)
+    shutil.rmtree(tmp_path / "model" / "rlhf")
+    more = [x for value in (f"precision={precision}", "lora_rank=4") for x in ("--set", value)]
+    done = course(tmp_path, "rlhf", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "model" / "rlhf" / "adapter" / "adapter_config.json").exists()
+
+
 def test_ppo_raises_a_reward_of_ones_own(root, tmp_path):
     """From random answers to ones with more of the letter e: the whole loop learns."""
     import util
