@@ -151,4 +151,5 @@ def files(root, stage):
 
 def samples(root):
     """What the policy said on its way, from samples.jsonl."""
-    return pd.read_json(artifact(root, "rlhf") / "samples.jsonl", lines=True)
+    table = pd.read_json(artifact(root, "rlhf") / "samples.jsonl", lines=True)
+    return table.assign(kl=table["kl"].round(3) + 0.0)  # rounding is not worth reading, nor -0

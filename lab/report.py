@@ -145,8 +145,8 @@ def judged_bars(models):
         ax.bar(x, heights, 0.25, color=COLOURS.get(name, GREEN), label=name)
         spread = [[judge["mean"] - judge["low"]], [judge["high"] - judge["mean"]]]
         ax.errorbar(x[-1:], heights[-1:], spread, color="black", capsize=4)
-        for place, height in zip(x, heights):
-            ax.text(place, height + 0.03, f"{height:.2f}", ha="center", fontsize=8)
+        for place, height, top in zip(x, heights, [*heights[:-1], judge["high"]]):
+            ax.text(place, top + 0.03, f"{height:.2f}", ha="center", fontsize=8)
     ax.set_xticks(range(len(kinds) + 1), [*map(plain, kinds), "all kinds"])
     ax.set(ylabel="judge's score", ylim=(0, 1.25), title="Judged by the truth (temperature 1)")
     ax.legend(loc="upper left", ncols=3, frameon=False)
