@@ -152,4 +152,6 @@ def files(root, stage):
 def samples(root):
     """What the policy said on its way, from samples.jsonl."""
     table = pd.read_json(artifact(root, "rlhf") / "samples.jsonl", lines=True)
-    return table.assign(kl=table["kl"].round(3) + 0.0)  # rounding is not worth reading, nor -0
+    if "kl" in table:  # rounding alone is not worth reading, nor is -0
+        table["kl"] = table["kl"].round(3) + 0.0
+    return table
