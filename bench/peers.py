@@ -118,7 +118,9 @@ def main():
     parser.add_argument("--peers", type=Path, default=FOLDER, help="where --install put TRL")
     parser.add_argument("--install", type=Path, metavar="FOLDER", help="install TRL, then stop")
     everybody = sorted({who for case in CASES.values() for who in case})
-    parser.add_argument("--who", nargs="+", default=everybody, choices=everybody)
+    parser.add_argument(
+        "--who", nargs="+", default=everybody, choices=everybody, help="beside ours"
+    )
     parser.add_argument("--work", choices=everybody)
     args = parser.parse_args()
     if args.install:

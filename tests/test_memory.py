@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from lab import memory
+from lab import memory, notebook
+from lab.trouble import Sturdy
+from util import Config
 
 # Pages that the system had to lend while 64 MB were filled anew, twenty times; then what is held.
 WORK = """
@@ -54,3 +56,18 @@ def test_other_systems_have_no_such_function(monkeypatch):
     assert memory.c_library("mallopt") is None
     memory.keep()
     memory.give_back()
+
+
+def test_who_trains_keeps_and_a_notebook_that_has_trained_gives_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, "keep", lambda: calls.append("keep"))
+    monkeypatch.setattr(memory, "give_back", lambda: calls.append("give back"))
+    monkeypatch.setattr(notebook, "redraw", lambda *_: None)
+
+    def steps():
+        Sturdy(Config("smoke"), [], (), print)
+        yield {"step": 1}
+        calls.append("trained")
+
+    notebook.watch(steps(), {}, "training")
+    assert calls == ["keep", "trained", "give back"]

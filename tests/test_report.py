@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab import report
+from lab import notebook, report
+from lab.runs import Stage
 
 
 def answers(judge, count=8):
@@ -67,3 +68,19 @@ def test_what_a_model_wrote_is_text_and_not_part_of_the_page(tmp_path):
     report.write_report(tmp_path, {}, [(evil, evil), ("table", table)])
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") == 3
+
+
+@pytest.mark.parametrize(
+    "rows, shown",
+    [
+        ([{"kl": -3.8e-6}, {"kl": 9.5e-7}, {"kl": 0.5824}], ["0", "0", "0.582"]),
+        ([{"reward": 1.0}], None),
+    ],
+)
+def test_samples_do_not_show_what_is_rounding(tmp_path, rows, shown):
+    """At the start policy and reference are one model: their KL is 0 but for the last bits."""
+    with Stage(tmp_path, "rlhf", {}) as stage:
+        stage.samples(rows)
+    table = notebook.samples(tmp_path)
+    assert ("kl" in table) == bool(shown)
+    assert shown is None or [f"{x:.3g}" for x in table["kl"]] == shown

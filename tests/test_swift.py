@@ -234,9 +234,8 @@ def test_a_prompt_that_is_to_be_answered_several_times_is_read_once(model, pad_l
 def test_what_rows_have_in_common_at_their_start_is_read_once(model, pad_left, pad_right):
     """A reward model reads pairs, GRPO groups: most of what they read is the same prompt."""
     tokens = *pad_left(ALIKE, 44), *pad_right(REPLIES, 44)
-    texts = [
-        prompt + answer[:3] for prompt, answer in zip(ALIKE, REPLIES)
-    ]  # the last foresees none
+    # Nobody reads the last column: it foresees nothing.
+    texts = [prompt + answer[:3] for prompt, answer in zip(ALIKE, REPLIES)]
     different = {tuple(text[: n + 1]) for text in texts for n in range(len(text))}
     embedded = model.get_input_embeddings()
     with watched(type(embedded), lambda module: module is embedded) as shapes:
