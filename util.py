@@ -34,7 +34,7 @@ from lab import CourseError, models, swift, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import turns, with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
-from lab.rewards import Ensemble, ask, models_in, named, normalised, parse
+from lab.rewards import Ensemble, ask, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
 from lab.shares import batches, dice, epochs, load_eval_rows, load_rows, prompt_batch, stack  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
@@ -416,7 +416,16 @@ def grpo_loss(
 
 
 def kl_loss(logprobs, ref_logprobs, mask, *, estimator, unit="token"):
-    """The mean KL to the reference. (As a loss k1 does nothing: its slope is 0 on average.)"""
+    """The mean KL to the reference, as a term of a loss.
+
+    The gradient of k1 is that of the log-probs alone, and its expectation over the policy's own
+    samples is 0: as a loss k1 would hold nothing back. k2 and k3 do.
+    """
+    if estimator == "k1":
+        raise CourseError(
+            "estimator = 'k1' has a gradient of zero on average, so as a loss it holds nothing "
+            "back: use 'k2' or 'k3'."
+        )
     gap = torch.where(mask, logprobs - ref_logprobs, 0)
     return mean_over(kl_estimate(gap, 0, estimator=estimator), mask, unit)
 
@@ -947,13 +956,14 @@ def ppo(crew, rollout, cfg, rows):
     value_loss, value_stats = ppo_value_loss(
         values, old["values"], old["returns"], mask, value_clip=cfg.value_clip, unit=unit
     )
-    kl = kl_loss(logprobs, old["ref_logprobs"], mask, estimator=cfg.kl_estimator, unit=unit)
     entropy = mean_over(entropy, mask, unit)
     loss = policy_loss + cfg.value_coef * value_loss
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * entropy
     if cfg.kl_in == "loss":
-        loss = loss + rollout.kl_coef * kl
+        ref_logprobs, estimator = old["ref_logprobs"], cfg.kl_estimator
+        kl = kl_loss(logprobs, ref_logprobs, mask, estimator=estimator, unit=unit)
+        loss, stats = loss + rollout.kl_coef * kl, stats | {"kl_in_loss": kl}
     stats |= value_stats | {"value_loss": value_loss, "entropy": entropy}
     return loss, weight_of(mask, unit), detached(stats | {"policy_loss": policy_loss})
 
@@ -963,13 +973,19 @@ def grpo(crew, rollout, cfg, rows):
     tokens, old = rollout.part(rows, crew.policy.device)
     mask, unit = tokens[3], cfg.loss_mean
     logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
-    loss, stats = grpo_loss(
-        logprobs, old["logprobs"], old["ref_logprobs"], old["advantages"][:, 0], mask,
-        clip_ratio=cfg.clip_ratio, kl_coef=rollout.kl_coef if cfg.kl_in == "loss" else 0,
-        estimator=cfg.kl_estimator, unit=unit,
-    )  # fmt: skip
+    if cfg.kl_in == "loss":
+        loss, stats = grpo_loss(
+            logprobs, old["logprobs"], old["ref_logprobs"], old["advantages"][:, 0], mask,
+            clip_ratio=cfg.clip_ratio, kl_coef=rollout.kl_coef, estimator=cfg.kl_estimator,
+            unit=unit,
+        )  # fmt: skip
+        stats["kl_in_loss"] = stats.pop("kl")
+    else:  # the advantages have paid for the KL already
+        loss, stats = ppo_policy_loss(
+            logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio, unit=unit
+        )
     entropy = mean_over(entropy, mask, unit)
-    stats |= detached({"kl_in_loss": stats.pop("kl"), "policy_loss": loss, "entropy": entropy})
+    stats |= detached({"policy_loss": loss, "entropy": entropy})
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * entropy
     return loss, weight_of(mask, unit), stats
@@ -1019,7 +1035,11 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     `reward` is any callable `reward(prompts, responses) -> list[float]`, `algorithm` any loss like
     `ppo`; without them the parameters of the same name decide.
     """
-    algorithm = algorithm or named("algorithm", cfg.algorithm, ALGORITHMS | {"dpo": from_pairs})
+    known = ALGORITHMS | {"dpo": from_pairs}
+    if algorithm is None:
+        algorithm = named("algorithm", cfg.algorithm, known)
+    else:  # whatever reads cfg.algorithm must read the name of this function
+        cfg = cfg.changed(algorithm=name_of(algorithm, known, cfg.algorithm))
     with open_stage(cfg, "rlhf", cfg.starts_from(reward)) as stage:
         crew = assemble(cfg, reward)
         if algorithm is from_pairs:

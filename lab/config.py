@@ -130,7 +130,9 @@ class Config(Settings):
     value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
     temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
     kl_in: str = knob("reward", "rlhf", "reward or loss: where the KL is paid for")
-    kl_estimator: str = knob("k1", "rlhf", "k1, k2 or k3: how the KL is estimated")
+    kl_estimator: str = knob(
+        "k1", "rlhf", "k1, k2 or k3: how the KL is estimated (in the loss: k3 or k2)"
+    )
     kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
     kl_target: float = knob(0.0, "rlhf", "KL per answer that kl_coef aims at; 0: it stays fixed")
     kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
@@ -175,8 +177,9 @@ class Config(Settings):
 
     @staticmethod
     def implied(values):
-        """What an algorithm is usually run with, unless something else is given."""
-        return ALGORITHMS.get(values["algorithm"], {})
+        """What other choices are usually run with, unless something else is given."""
+        estimator = {"kl_estimator": "k3"} if values["kl_in"] == "loss" else {}
+        return ALGORITHMS.get(values["algorithm"], {}) | estimator
 
     @classmethod
     def of(cls, preset="auto", root=".", **values):
@@ -210,6 +213,12 @@ class Config(Settings):
             ("warmup", 0 <= self.warmup < 1, "it must be at least 0, below 1"),
             ("rollout", self.rollout % self.answers == 0, "it must be a multiple of answers"),
             ("answers", self.answers > 1 or self.algorithm not in ALGORITHMS, "a group needs two"),
+            (
+                "kl_estimator",
+                self.kl_in != "loss" or self.kl_estimator != "k1",
+                "with kl_in = loss its gradient is zero on average and nothing holds the policy "
+                "back; use k3 or k2, or kl_in = reward",
+            ),
             ("load_in_4bit", self.lora_rank or not self.load_in_4bit, "it needs lora_rank"),
             ("dpo_smoothing", self.dpo_smoothing < 0.5, "it must be below 0.5"),
             (

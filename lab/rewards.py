@@ -137,6 +137,15 @@ def named(what, name, shipped):
     return found
 
 
+def name_of(function, shipped, preferred=""):
+    """The name of a function as `named` would find it; `preferred` where several names fit."""
+    names = [name for name, known in shipped.items() if known is function]
+    if names:
+        return preferred if preferred in names else names[0]
+    own = function if hasattr(function, "__qualname__") else type(function)
+    return f"{own.__module__}.{own.__qualname__}"
+
+
 def ask(reward, prompts, responses, what="reward"):
     """The reward of each answer, (B,), and the numbers of which it is the sum."""
     with judging(what):

@@ -37,6 +37,10 @@ class Settings:
                 raise CourseError(f"{name} = {value!r} is not known{nearest(value, words)}")
         self.check()
 
+    def changed(self, **values):
+        """The same parameters but for those that are given."""
+        return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | values)
+
     @staticmethod
     def implied(values):
         """More defaults, which follow from other values."""

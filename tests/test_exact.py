@@ -277,7 +277,7 @@ for _unit in ("token", "answer"):
             100,
         ),
     }
-    for _name in KL:
+    for _name in ("k2", "k3"):  # as a loss k1 is refused
         CASES[f"kl_loss, {_name}, {_unit}"] = (
             lambda *two, name=_name, unit=_unit: util.kl_loss(
                 *two, MASK, estimator=name, unit=unit
@@ -377,9 +377,9 @@ def test_it_is_what_the_oracle_says(name, rows):
 
 
 def test_the_oracle_of_another_variant_would_be_seen():
-    """Otherwise the test above would prove nothing: token for answer, k1 for k3, ..."""
+    """Otherwise the test above would prove nothing: token for answer, k2 for k3, ..."""
     pairs = [(a, b) for a in CASES for b in CASES if a != b and a.split(",")[0] == b.split(",")[0]]
-    assert len(pairs) > 50
+    assert len(pairs) > 30
     for name, other in pairs:
         columns = inputs(name, "usual", 1)
         got, _, _ = both(name, columns, torch.float64)

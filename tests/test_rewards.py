@@ -425,14 +425,33 @@ def test_a_loss_of_ones_own_trains_as_a_function(begin, here):
     function = rewards.named("algorithm", "own_losses_b.reinforce", {})
     history, _ = trained(begin, function)
     assert all(row["surprise"] > 0 for row in history)
-    assert "explained_variance" in history[0], "PPO's advantages, as algorithm says ppo"
+    assert "explained_variance" not in history[0], "there is no value model"
+    record = json.loads((begin / "model" / "rlhf" / "stage.json").read_text())
+    assert record["config"]["algorithm"] == "own_losses_b.reinforce"
 
 
-def test_a_loss_of_ones_own_has_the_distance_from_the_mean_as_advantages(begin, here, monkeypatch):
+def test_a_shipped_loss_given_as_a_function_keeps_its_name(begin):
+    history, _ = trained(begin, util.ppo)
+    assert "explained_variance" in history[0], "PPO has its value model"
+    trained(begin, util.grpo, answers=4, rollout=8)
+    record = json.loads((begin / "model" / "rlhf" / "stage.json").read_text())
+    assert record["config"]["algorithm"] == "grpo"
+    known = util.ALGORITHMS
+    assert rewards.name_of(util.grpo, known, "rloo") == "rloo", "the loss of both"
+
+
+@pytest.mark.parametrize("handed", [True, False], ids=["function", "name"])
+def test_a_loss_of_ones_own_has_the_distance_from_the_mean_as_advantages(
+    handed, begin, here, monkeypatch
+):
     here("own_losses_c", LOSS)
     seen, whole = [], util.collect
     monkeypatch.setattr(util, "collect", lambda *a, **k: seen.append(whole(*a, **k)) or seen[-1])
-    trained(begin, algorithm="own_losses_c.reinforce", kl_in="loss")
+    name = "own_losses_c.reinforce"
+    if handed:
+        trained(begin, rewards.named("algorithm", name, {}), kl_in="loss")
+    else:
+        trained(begin, algorithm=name, kl_in="loss")
     for rollout in seen:
         right = (rollout.scores - rollout.scores.mean())[:, None] * rollout.mask
         assert torch.allclose(rollout.advantages, right, atol=1e-6) and right.any()
@@ -472,3 +491,36 @@ def test_the_critic_is_needed_only_where_it_is_named(reward, needs):
     cfg = util.Config("smoke", algorithm="rloo", rollout=8, reward=reward)
     assert ("critic" in cfg.starts_from()) == needs
     assert cfg.starts_from(len) == ["actor"], "a reward that is handed over needs no critic"
+
+
+# ----------------------------------------------------------------------------- KL in the loss
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo"])
+def test_the_kl_in_the_loss_is_one_that_acts(algorithm):
+    """k1's gradient is zero on average: it is never the default there, and it is refused."""
+    more = {} if algorithm == "ppo" else {"answers": 4, "rollout": 8}
+    assert util.Config(algorithm=algorithm, kl_in="loss", **more).kl_estimator == "k3"
+    assert util.Config(algorithm=algorithm, **more).kl_estimator == "k1"
+    with pytest.raises(CourseError, match="kl_estimator = 'k1' is impossible: with kl_in = loss"):
+        util.Config(algorithm=algorithm, kl_in="loss", kl_estimator="k1", **more)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_in_the_loss_pulls_towards_the_reference(estimator):
+    """The expected gradient over all tokens of a small vocabulary, weighted by the policy."""
+    logits = torch.tensor([0.9, -0.3, 0.1, -1.2], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-0.4, 0.7, 0.2, 0.1], dtype=torch.float64).log_softmax(-1)
+    policy = logits.log_softmax(-1)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    probs = policy.detach().exp()
+    terms = [
+        p * util.kl_loss(policy[i].view(1, 1), reference[i].view(1, 1), mask, estimator=estimator)
+        for i, p in enumerate(probs)
+    ]
+    (slope,) = torch.autograd.grad(sum(terms), logits)
+    before = (policy.exp() * (policy - reference)).sum()
+    moved = (logits - 0.1 * slope).log_softmax(-1)
+    assert (moved.exp() * (moved - reference)).sum() < before - 1e-3
+    with pytest.raises(CourseError, match="gradient of zero on average"):
+        util.kl_loss(policy[:1, None], reference[:1, None], mask, estimator="k1")
