@@ -46,6 +46,13 @@ def parameters():
     return {name: space[name] for name in names}
 
 
+def forget(*names):
+    """Drops what the cells above made by hand, so that its memory is free for what comes next."""
+    for name in names:
+        get_ipython().user_ns.pop(name, None)
+    memory.give_back()
+
+
 def explain(cfg, stage):
     """The parameters that a stage reads, folded away: value and meaning."""
     rows = [
@@ -102,6 +109,11 @@ def redraw(handles, history, panels, what, elapsed):
     handles[0].update(line, raw=True)
     handles[1].update(figure)
     return handles
+
+
+def first_of_kind(rows, kind):
+    """The first row of a kind; the very first where there is none."""
+    return next((row for row in rows if row.get("kind") == kind), rows[0])
 
 
 def examples(rows):
