@@ -182,27 +182,26 @@ def generate(
     Temperature 0 is greedy. The first eos belongs to the answer; behind it lies padding. The
     log-probs are those of the whole distribution at this temperature, as `response_logprobs` finds.
     """
-    was_training, device, B = model.training, prompt_ids.device, len(prompt_ids)
-    model.eval()
+    device, B = prompt_ids.device, len(prompt_ids)
     ids = torch.full((B, max_new_tokens), pad_token_id, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     luck = lots(B, max_new_tokens, generator, device)
-    reader, logits = swift.reader(model, prompt_ids, prompt_mask, max_new_tokens)
-    for t in range(max_new_tokens):
-        token, logprob = pick(logits.float(), luck[live, t], temperature, top_k, top_p)
-        ids[live, t], logprobs[live, t] = token, logprob
-        lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
-        running = lengths[live] > t + 1
-        if not running.any():
-            break
-        if running.float().mean() < 0.75:  # finished rows leave the batch, and the cache with them
-            keep = running.nonzero()[:, 0]
-            reader.keep(keep)
-            live, token = live[keep], token[keep]
-        logits = reader.next(token)
-    model.train(was_training)
+    with models.eval_mode(model):
+        reader, logits = swift.reader(model, prompt_ids, prompt_mask, max_new_tokens)
+        for t in range(max_new_tokens):
+            token, logprob = pick(logits.float(), luck[live, t], temperature, top_k, top_p)
+            ids[live, t], logprobs[live, t] = token, logprob
+            lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
+            running = lengths[live] > t + 1
+            if not running.any():
+                break
+            if running.float().mean() < 0.75:  # finished rows leave the batch and the cache
+                keep = running.nonzero()[:, 0]
+                reader.keep(keep)
+                live, token = live[keep], token[keep]
+            logits = reader.next(token)
     R = int(lengths.max())
     response_mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)
     response_ids = ids[:, :R].masked_fill(~response_mask, pad_token_id)
@@ -210,13 +209,13 @@ def generate(
 
 
 def lots(B, R, generator, device):
-    """Numbers in [0, 1), (B, R), drawn where the generator lives: the same luck on every machine.
+    """Numbers in [0, 1), (B, R), drawn where the generator lives: the same on every device.
 
-    A row's luck does not depend on the rows beside it, so a batch may be cut anywhere.
+    A row's numbers do not depend on the rows beside it, so a batch may be cut anywhere.
     """
     source = generator.device if generator else "cpu"
     luck = torch.rand(B, R, generator=generator, device=source, dtype=torch.float64)
-    return luck.to(device)
+    return luck.clamp(max=1 - 2**-24).to(device, models.finest_dtype(device))
 
 
 def pick(logits, luck, temperature, top_k, top_p):
@@ -225,7 +224,8 @@ def pick(logits, luck, temperature, top_k, top_p):
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        ladder = truncated(logits, top_k, top_p).softmax(-1).cumsum(-1, dtype=torch.float64)
+        ladder = truncated(logits, top_k, top_p).softmax(-1)
+        ladder = ladder.cumsum(-1, dtype=models.finest_dtype(logits.device))
         token = torch.searchsorted(ladder, luck[:, None] * ladder[:, -1:], right=True)
         token = token[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, token_logprobs(logits, token)
@@ -308,6 +308,13 @@ def masked_whiten(x, mask):
     return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0)
 
 
+def masked_quantile(x, mask, share):
+    """The number that `share` of what the mask keeps do not exceed; for numbers of at least 0."""
+    ordered = torch.where(mask, x, 0).flatten().sort(descending=True).values
+    above = ((1 - share) * mask.sum()).long()
+    return ordered.gather(0, above[None])[0]
+
+
 def explained_variance(values, returns, mask):
     """1: the values foresaw the returns. 0: no better than their mean. Below 0: worse."""
     mean = masked_mean(returns, mask)
@@ -371,7 +378,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio, uni
     stats = {
         "clip_fraction": mean_over((clipped * advantages < ratio * advantages).float(), mask, unit),
         "approx_kl": mean_over(torch.expm1(log_ratio) - log_ratio, mask, unit),
-        "ratio_error": (ratio - 1).abs().max(),
+        "ratio_error": mean_over((ratio - 1).abs(), mask, unit),
+        "ratio_error_q99": masked_quantile((ratio - 1).abs(), mask, 0.99),
     }
     return mean_over(loss, mask, unit), detached(stats)
 
@@ -471,7 +479,8 @@ class RewardModel:
     """
 
     def __init__(self, path, cfg):
-        self.model, self.tokenizer = load_scorer(path, cfg), load_tokenizer(path, cfg)
+        self.model = models.frozen(load_scorer(path, cfg), cfg)
+        self.tokenizer = load_tokenizer(path, cfg)
         self.cfg = cfg
         self.mean = getattr(self.model.config, "reward_mean", 0.0)
         self.std = getattr(self.model.config, "reward_std", 1.0)
@@ -482,7 +491,8 @@ class RewardModel:
         for rows in chunks(range(len(prompts)), self.cfg.eval_batch):
             texts = [prompts[i] for i in rows], [responses[i] for i in rows]
             tokens = encode_pairs(self.tokenizer, *texts, self.cfg, device)
-            scores += answer_scores(self.model, *tokens).tolist()
+            with models.autocast(self.cfg, self.model):
+                scores += answer_scores(self.model, *tokens).tolist()
         return [(score - self.mean) / self.std for score in scores]
 
 
@@ -515,7 +525,8 @@ class Rollout:
     prompts: list
     responses: list  # texts
     tokens: tuple  # prompt_ids, prompt_mask (B, P), response_ids, response_mask
-    logprobs: torch.Tensor  # log pi_old(a | s), as sampled
+    sampled: torch.Tensor  # log pi_old(a | s), found while sampling
+    logprobs: torch.Tensor  # the same, found by scoring: what ratios are taken from
     ref_logprobs: torch.Tensor  # log pi_ref(a | s)
     values: torch.Tensor  # V(s)
     scores: torch.Tensor  # (B,), what the reward says, after clip and penalties
@@ -529,6 +540,11 @@ class Rollout:
     @property
     def mask(self):
         return self.tokens[3]
+
+    @property
+    def sampling_error(self):
+        """How far scoring finds an average token's probability off the one it was sampled with."""
+        return masked_mean((self.logprobs - self.sampled).expm1().abs(), self.mask).item()
 
     @property
     def kl(self):
@@ -561,7 +577,7 @@ def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
     index = chunks(range(len(prompts)), size or len(prompts))
     pieces = [answer_and_score(crew, prompts, prompt, rows, cfg, generator) for rows in index]
     texts, parts, seconds, *columns = zip(*pieces)
-    ids, mask, logprobs, ref_logprobs, values, scores = map(stack, columns)
+    ids, mask, sampled, logprobs, ref_logprobs, values, scores = map(stack, columns)
     tokens = (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask)
     if cfg.reward_norm:
         scores = normalised(scores, {} if running is None else running)
@@ -573,7 +589,7 @@ def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
     found = advantages_of(scores, kl, price, values, mask, cfg)
     means = {name: sum(sum(p[name]) for p in parts) / len(prompts) for name in parts[0]}
     seconds = {name: sum(s[name] for s in seconds) for name in seconds[0]}
-    models_say = tokens, logprobs, ref_logprobs, values, scores, whole
+    models_say = tokens, sampled, logprobs, ref_logprobs, values, scores, whole
     return Rollout(prompts, sum(texts, []), *models_say, *found, kl_coef, means, seconds)
 
 
@@ -582,12 +598,15 @@ def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
     prompt, prompts = [x[rows.start : rows.stop] for x in prompt], [prompts[i] for i in rows]
     how, start = {"temperature": cfg.temperature, "entropy": False}, time.perf_counter()
     with models.autocast(cfg, crew.policy):
-        response_ids, mask, logprobs = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
+        response_ids, mask, sampled = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
         tokens = (*prompt, response_ids, mask)
         responses = decode(crew.tokenizer, response_ids, mask)
         written = time.perf_counter()
         with swift.products(crew.policy):
             scores, parts = ask(crew.reward, prompts, responses)
+            logprobs = sampled
+            if models.precision(cfg) != "float32":  # half precision rounds differently in sampling
+                logprobs, _ = response_logprobs(crew.policy, *tokens, **how)
             with crew.as_reference() as reference:
                 ref_logprobs, _ = response_logprobs(reference, *tokens, **how)
             values = torch.zeros_like(logprobs)
@@ -595,7 +614,7 @@ def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
                 values = answer_values(crew.value_model, *tokens)
     scores = scores.to(mask.device)
     seconds = {"generate": written - start, "score": time.perf_counter() - written}
-    models_say = response_ids, mask, logprobs, ref_logprobs, values, scores
+    models_say = response_ids, mask, sampled, logprobs, ref_logprobs, values, scores
     return responses, parts, seconds, *models_say
 
 
@@ -651,7 +670,7 @@ class Optimiser(Sturdy):
         self.peaks = [rate for _, rate in rates]
         self.sizes |= {"micro_batch": cfg.micro_batch or batch}
         self.state |= self.sizes
-        fp16, device = cfg.precision == "fp16", self.models[0].device.type
+        fp16, device = models.precision(cfg) == "fp16", self.models[0].device.type
         # Small gradients of fp16 stay above 0; losses are sums here, so torch's 2**16 is too much.
         self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=fp16)
         self.adamw = torch.optim.AdamW(
@@ -696,7 +715,9 @@ class Optimiser(Sturdy):
         learning = [p for group in self.parameters for p in group if p.grad is not None]
         for parameter in learning if pieces[1:] else []:
             parameter.grad /= total
-        return {name: sum(w * float(s[name]) for w, s in parts) / total for name in parts[0][1]}
+        figures = {name: [float(s[name]) for _, s in parts] for name in parts[0][1]}
+        means = {n: sum(w * x for (w, _), x in zip(parts, xs)) / total for n, xs in figures.items()}
+        return means | {n: max(xs) for n, xs in figures.items() if n.endswith("_q99")}
 
 
 def next_kl_coef(kl_coef, kl, cfg):
@@ -719,16 +740,19 @@ def open_stage(cfg, name, inputs=(), data="train.json"):
     return Stage(cfg.root, name, asdict(cfg), inputs, data, every=cfg.checkpoint_every, **goes_on)
 
 
-def train_base(cfg):
-    """A ready base model is copied, `tiny` is pretrained; its tokenizer goes to tokenizer/ too."""
-    source, _ = choose_base(cfg)
+def train_base(cfg, base=None):
+    """A ready base model is copied, `tiny` is pretrained; its tokenizer goes to tokenizer/ too.
+
+    `base` is what `choose_base(cfg)` found, if it was asked before.
+    """
+    base = base or choose_base(cfg)
     with open_stage(cfg, "base") as stage:
-        if source == "tiny":
+        if base.source == "tiny":
             model, tokenizer = yield from pretrain(cfg, stage)
         else:
-            tokenizer, model = load_both(cfg, source, source)
+            tokenizer, model = base.loaded
             yield stage.log({"step": 1, "steps": 1})
-        stage.summary = {"preset": "tiny" if source == "tiny" else "colab"}
+        stage.summary = {"preset": "tiny" if base.source == "tiny" else "colab"}
         models.save(model, tokenizer, stage.folder)
         tokenizer.save_pretrained(Path(cfg.root) / "tokenizer")
 
@@ -774,7 +798,8 @@ def copying(model, tokenizer, texts, cfg):
     questions, answers = zip(*texts)
     tokens = encode_pairs(tokenizer, questions, answers, cfg, model.device)
     copied = (tokens[2][:, :, None] == tokens[0][:, None, :]).any(2) & tokens[3]  # (B, R)
-    foreseen = answer_logits(model, *tokens).argmax(-1) == tokens[2][tokens[3]]  # (N,)
+    with models.autocast(cfg, model):
+        foreseen = answer_logits(model, *tokens).argmax(-1) == tokens[2][tokens[3]]  # (N,)
     return masked_mean(foreseen.float(), copied[tokens[3]]).item()
 
 
@@ -819,8 +844,8 @@ def sft_loss(model, tokenizer, cfg, rows):
 
 @torch.no_grad()
 def validation_loss(model, tokenizer, rows, cfg):
-    model.eval()
-    losses = [sft_loss(model, tokenizer, cfg, p)[:2] for p in chunks(rows, cfg.eval_batch)]
+    with models.eval_mode(model), models.autocast(cfg, model):
+        losses = [sft_loss(model, tokenizer, cfg, p)[:2] for p in chunks(rows, cfg.eval_batch)]
     return sum(loss.item() * count for loss, count in losses) / sum(n for _, n in losses)
 
 
@@ -890,8 +915,8 @@ def score_scale(model, cfg):
     rows = load_rows(cfg, "prompt")[: cfg.norm_prompts]
     prompts = [row["prompt"] for row in rows for _ in range(cfg.norm_answers)]
     tokens = answer(actor, tokenizer, prompts, cfg, dice(cfg, "scale"))
-    with torch.no_grad():
-        parts = [answer_scores(model.eval(), *part) for part in tokens]
+    with torch.no_grad(), models.eval_mode(model), models.autocast(cfg, model):
+        parts = [answer_scores(model, *part) for part in tokens]
     groups = torch.cat(parts).view(-1, cfg.norm_answers)  # (prompts, answers)
     return groups.mean().item(), max(groups.var(1).mean().sqrt().item(), 1e-3)
 
@@ -900,7 +925,8 @@ def answer(model, tokenizer, prompts, cfg, generator, temperature=None):
     """Answers to many prompts, `eval_batch` at a time: the tokens of each batch."""
     for part in chunks(prompts, cfg.eval_batch):
         prompt = encode_prompts(tokenizer, part, cfg, model.device)
-        out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
+        with models.autocast(cfg, model):
+            out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
         yield *prompt, *out[:2]
 
 
@@ -936,7 +962,7 @@ def assemble(cfg, reward=None):
     """
     tokenizer, policy = load_pair(cfg, "actor", **models.in_4_bits(cfg))
     policy = models.trainable(policy, cfg, drop=False)
-    reference = None if cfg.lora_rank else load_pair(cfg, "actor")[1]
+    reference = None if cfg.lora_rank else models.frozen(load_pair(cfg, "actor")[1], cfg)
     reward = None if cfg.algorithm == "dpo" else reward or load_reward(cfg)
     values = (
         models.trainable(value_model_of(cfg), cfg, drop=False) if cfg.algorithm == "ppo" else None
@@ -1007,11 +1033,8 @@ def improve(crew, optimiser, rollout, cfg, step, algorithm=ppo):
         order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
         for index in order.split(cfg.minibatch):
             stats = optimiser.step(index.tolist(), loss_of, step + updates / per_step)
-            if updates == 0 and stats.get("ratio_error", 0) > models.TOLERANCE[cfg.precision]:
-                raise CourseError(
-                    f"The first ratio of a rollout is off by {stats['ratio_error']:.1g}: sampling "
-                    "and scoring do not see the same distribution."
-                )
+            if updates == 0:
+                trouble.check_ratios(rollout, stats, models.precision(cfg), optimiser)
             updates += 1
             yield stats
         if cfg.stop_kl and stats.get("approx_kl", 0) > cfg.stop_kl:
@@ -1161,9 +1184,10 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
     results, prompts = [], prompts_of(rows)
     for tokens in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, temperature):
         how = {"temperature": cfg.temperature, "entropy": False}
-        ours = response_logprobs(crew.policy, *tokens, **how)[0]
-        with crew.as_reference() as reference:
-            theirs = response_logprobs(reference, *tokens, **how)[0]
+        with models.autocast(cfg, crew.policy):
+            ours = response_logprobs(crew.policy, *tokens, **how)[0]
+            with crew.as_reference() as reference:
+                theirs = response_logprobs(reference, *tokens, **how)[0]
         part = rows[len(results) : len(results) + len(tokens[0])]
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
@@ -1204,8 +1228,9 @@ def judge_critic(critic, tokenizer, rows, cfg):
     if not rows:
         raise CourseError("eval.json needs rows with chosen and rejected to measure the critic on.")
     for part in chunks(rows, cfg.eval_batch):
-        scores = zip(part, *(s.tolist() for s in pair_scores(critic.eval(), tokenizer, part, cfg)))
-        for row, chosen, rejected in scores:
+        with models.eval_mode(critic), models.autocast(cfg, critic):
+            columns = [scores.tolist() for scores in pair_scores(critic, tokenizer, part, cfg)]
+        for row, chosen, rejected in zip(part, *columns):
             known = {"kind": row.get("kind", "all"), "flaw": row.get("flaw", "not said")}
             results.append(known | {"chosen": chosen, "rejected": rejected})
     return results

@@ -12,7 +12,7 @@ COLAB = dict(
     actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
     max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
     policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, checkpoint_every=100,
-    eval_batch=64, dpo_beta=0.1, dpo_lr=5e-6, dpo_batch=8,
+    eval_batch=64, dpo_beta=0.1, dpo_lr=5e-6, dpo_batch=8, precision="auto",
 )  # fmt: skip
 PRESETS = {
     "tiny": {},  # the defaults below
@@ -33,7 +33,7 @@ ALGORITHMS = {
 }
 MODEL = r"(?<![\w.])model(?![\w.])"  # the reward model, as a word of its own
 ONE_OF = {
-    "precision": ("float32", "bf16", "fp16"),
+    "precision": ("float32", "bf16", "fp16", "auto"),
     "kl_in": ("reward", "loss"),
     "kl_estimator": ("k1", "k2", "k3"),
     "loss_mean": ("token", "answer"),
@@ -78,7 +78,9 @@ class Config(Settings):
     )
     reader: str = knob("", "all", "module.function(path) -> rows: a reader of your own; else JSON")
     trust_remote_code: bool = knob(False, "all", "run the code that a model brings along; read it")
-    precision: str = knob("float32", "all", "float32, bf16 or fp16: what matrices multiply in")
+    precision: str = knob(
+        "float32", "all", "what matrices multiply in: float32, bf16, fp16; auto: what the GPU likes"
+    )
     lora_rank: int = knob(0, "actor critic rlhf", "rank of the adapters that learn; 0: all weights")
     lora_alpha: float = knob(32.0, "actor critic rlhf", "adapters count alpha / rank times")
     load_in_4bit: bool = knob(

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -17,13 +18,13 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lab import CourseError
 from lab.hub import reason_of
 from lab.trouble import find_device, loading
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE = {"float32": 1e-3, "bf16": 0.3, "fp16": 0.1}  # of the first ratio, which ought to be 1
 # What a tokenizer without a chat template gets: the course's own frame.
 FRAME = (
     "{% for m in messages %}{{ '' if loop.first else ' ' }}"
@@ -155,21 +156,28 @@ def load_both(cfg, source, name, **extra):
     return tokenizer, model
 
 
+class Base(NamedTuple):
+    """What 0_download takes, why, and (tokenizer, model) where they are loaded already."""
+
+    source: str  # "tiny", a hub name or a local folder
+    why: str  # one sentence
+    loaded: tuple | None = None
+
+
 def choose_base(cfg):
-    """(what 0_download takes, one sentence that says why): "tiny", a hub name or a local folder."""
+    """The base model that the parameters ask for, loaded; `tiny` where there is none."""
     made = "the embedded tiny model is made here, from random weights."
     if cfg.base_model == "tiny":
-        return "tiny", f"As asked, {made}"
+        return Base("tiny", f"As asked, {made}")
     if cfg.base_model == "auto" and pick_device(cfg).type == "cpu":
-        return "tiny", f"There is no GPU here, so {made}"
+        return Base("tiny", f"There is no GPU here, so {made}")
     name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
     try:
-        load_both(cfg, name, name)
-        return name, f"The base model is {name}."
+        return Base(name, f"The base model is {name}.", load_both(cfg, name, name))
     except CourseError as error:
         if not cfg.fallback:
             raise CourseError(f"{error} Choose another base_model, or fallback = True.") from None
-        return "tiny", f"{error} So {made}"
+        return Base("tiny", f"{error} So {made}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,7 +196,7 @@ def in_4_bits(cfg):
         )
     from transformers import BitsAndBytesConfig
 
-    how = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=HALF.get(cfg.precision))
+    how = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=HALF.get(precision(cfg)))
     return {
         "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **how),
         "device_map": {"": device},
@@ -301,8 +309,57 @@ def auto_class(model):
     return "AutoModelForSequenceClassification" if scorer else "AutoModelForCausalLM"
 
 
+def precision(cfg):
+    """What matrices multiply in: float32, bf16 or fp16.
+
+    "auto" is bf16 on GPUs that are made for it, fp16 on those that know nothing better (T4, V100),
+    and float32 elsewhere: on most processors half precision saves no time.
+    """
+    if cfg.precision != "auto":
+        return cfg.precision
+    device = pick_device(cfg)
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
+
+
 def autocast(cfg, model):
     """Matrix products in half precision where the parameters ask for it."""
-    if cfg.precision == "float32":
+    if (name := precision(cfg)) == "float32":
         return nullcontext()
-    return torch.autocast(model.device.type, HALF[cfg.precision])
+    return torch.autocast(model.device.type, HALF[name])
+
+
+def frozen(model, cfg):
+    """A model that never learns: on a GPU its matrices lie in the precision they multiply in.
+
+    Under `autocast` the results are the same bits, for half of the memory. A matrix that is also
+    the embedding stays in float32, as the embedding does.
+    """
+    model.requires_grad_(False)
+    if model.device.type == "cpu" or precision(cfg) == "float32":
+        return model
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in shared:
+            module.to(HALF[precision(cfg)])
+    return model
+
+
+def finest_dtype(device):
+    """float64 where the device has it: MPS has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def eval_mode(model):
+    """Dropout off within; afterwards each part is in its mode again, whatever happened."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in before:
+            module.training = training

@@ -11,10 +11,10 @@ def timed(metrics, start, **done):
 
 
 def mean_of(updates):
-    """The mean of each figure; of ratio_error the first, which ought to be 0."""
+    """The mean of each figure; of ratio errors the first, which ought to be 0."""
     means = {name: sum(d[name] for d in updates) / len(updates) for name in updates[0]}
     means |= {"skipped": updates[-1]["skipped"], "updates": len(updates)}
-    return means | {name: updates[0][name] for name in ("ratio_error",) if name in means}
+    return means | {name: x for name, x in updates[0].items() if name.startswith("ratio_error")}
 
 
 def rollout_metrics(rollout, cfg):

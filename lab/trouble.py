@@ -50,14 +50,20 @@ def explained(error):
 
 
 def find_device(name):
-    """A torch device; "auto" is the first GPU, or the CPU."""
+    """A torch device, which from now on is the current GPU; "auto": the first GPU, else the CPU.
+
+    Everything that a stage loads goes there, and nothing moves it later.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # there is a device without numbers, "meta"
-        return torch.device(name)
+        device = torch.device("cuda:0" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()  # there is a device without numbers, "meta"
+        if device.type == "cuda":  # kernels of other packages start on the current one
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError):  # torch has one for each backend
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         known = ", ".join(["auto", "cpu", *gpus])
@@ -206,6 +212,33 @@ class Sturdy:
                 "there with resume_changed = True."
             )
         self.say(f"{what}; this update was skipped.")
+
+
+# How far rounding may move the ratio of an average token before any update, where it ought to be 1.
+# A wrong temperature, dropout left on or shifted positions move it further.
+ROUNDING = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+
+
+def check_ratios(rollout, stats, precision, optimiser):
+    """Raises where sampling, scoring and training do not see one distribution.
+
+    What moves an average token is an error. Single tokens may lie further off, as rounding hits
+    unlikely ones hard; that is said once.
+    """
+    limit, outliers = ROUNDING[precision], stats.get("ratio_error_q99", 0)
+    error = max(rollout.sampling_error, stats.get("ratio_error", 0))
+    if error > limit:
+        raise CourseError(
+            f"The first ratios of a rollout are off by {error:.2g} on average; rounding explains "
+            f"{limit:g}. Sampling and scoring see different distributions: look for dropout, a "
+            "second temperature, or a model whose answers depend on padding."
+        )
+    if outliers > 3 * limit and not optimiser.state.get("rounding_said"):
+        optimiser.state["rounding_said"] = True
+        optimiser.say(
+            f"One first ratio in a hundred is off by {outliers:.2g} or more, by rounding: "
+            "precision = float32 would be exact."
+        )
 
 
 def alerts(metrics, kl_limit):

@@ -29,13 +29,13 @@ def root(tmp_path):
 
 
 def test_without_a_gpu_auto_is_tiny():
-    source, why = util.choose_base(util.Config("smoke", device="cpu"))
+    source, why, _ = util.choose_base(util.Config("smoke", device="cpu"))
     assert source == "tiny" and "no GPU" in why
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/anywhere"])
 def test_a_model_that_cannot_be_had_is_replaced_by_tiny_and_the_reason_is_told(name):
-    source, why = util.choose_base(util.Config("smoke", base_model=name))
+    source, why, _ = util.choose_base(util.Config("smoke", base_model=name))
     assert source == "tiny" and why.startswith(f"{name} will not load (")
     assert "\n" not in why
 
@@ -56,6 +56,16 @@ def test_a_local_folder_is_copied_as_it_is(ready, root):
     record = json.loads((root / "model" / "base" / "stage.json").read_text())
     assert record["metrics"]["preset"] == "colab"
     assert (root / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_a_model_is_loaded_once(ready, root, monkeypatch):
+    loads, load = [], util.models.load
+    monkeypatch.setattr(util.models, "load", lambda *a, **k: loads.append(a[1]) or load(*a, **k))
+    cfg = util.Config("smoke", root=str(root), base_model=str(ready))
+    base = util.choose_base(cfg)
+    assert base.source == str(ready) and "The base model is" in base.why
+    list(util.train_base(cfg, base))
+    assert loads == [str(ready)]
 
 
 def test_later_notebooks_take_the_preset_that_suits_the_base_model(ready, root):

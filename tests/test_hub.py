@@ -118,7 +118,6 @@ import util
 from lab import hub
 
 hub.PATIENCE = int(sys.argv[1])
-choose = util.choose_base
 for name in sys.argv[2:]:
     root = Path(name.split("/")[0])
     (root / "dataset").mkdir(parents=True)
@@ -130,10 +129,9 @@ for name in sys.argv[2:]:
     except util.CourseError as error:
         told |= {"error": str(error), "left": (root / "model").exists()}
     told["seconds"] = time.perf_counter() - began
-    choice = told["source"], told["why"] = choose(util.Config("smoke", **given))
-    util.choose_base = lambda cfg: choice  # nobody is asked again
-    list(util.train_base(util.Config("smoke", **given)))
-    util.choose_base = choose
+    base = util.choose_base(util.Config("smoke", **given))
+    told |= {"source": base.source, "why": base.why}
+    list(util.train_base(util.Config("smoke", **given), base))
     print(json.dumps(told), flush=True)
 """
 

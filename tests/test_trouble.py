@@ -182,7 +182,7 @@ def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
     for size in (4, 3, 1):
         off = (gradients[8] - gradients[size]).norm() / gradients[8].norm()
         assert off <= 1e-6, size
-        for key in stats[size].keys() - {"ratio_error"}:  # a largest value, not a mean
+        for key in stats[size].keys() - {"ratio_error_q99"}:  # that of the worst piece
             assert stats[size][key] == pytest.approx(stats[8][key], rel=1e-5, abs=1e-6), key
 
 
