@@ -34,7 +34,7 @@ from lab import CourseError, models, swift, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import turns, with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
-from lab.rewards import Ensemble, ask, models_in, name_of, named, normalised, parse
+from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
 from lab.shares import batches, dice, epochs, load_eval_rows, load_rows, prompt_batch, stack  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
@@ -732,12 +732,16 @@ def next_kl_coef(kl_coef, kl, cfg):
 # 9. Training
 
 
-def open_stage(cfg, name, inputs=(), data="train.json"):
-    """The folder that a stage fills; it appears in model/ when it is whole."""
+def open_stage(cfg, name, inputs=(), data="train.json", code=None):
+    """The folder that a stage fills; it appears in model/ when it is whole.
+
+    `code` tells functions of one's own apart, so that a stopped run never goes on with others.
+    """
     torch.manual_seed(cfg.seed)  # for the dropout of models that have some
     data = [Path(cfg.root) / "dataset" / data]
     goes_on = {"resume": cfg.resume, "resume_changed": cfg.resume_changed}
-    return Stage(cfg.root, name, asdict(cfg), inputs, data, every=cfg.checkpoint_every, **goes_on)
+    config = asdict(cfg) | (code or {})
+    return Stage(cfg.root, name, config, inputs, data, every=cfg.checkpoint_every, **goes_on)
 
 
 def train_base(cfg, base=None):
@@ -1058,12 +1062,18 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     `reward` is any callable `reward(prompts, responses) -> list[float]`, `algorithm` any loss like
     `ppo`; without them the parameters of the same name decide.
     """
-    known = ALGORITHMS | {"dpo": from_pairs}
+    known, code = ALGORITHMS | {"dpo": from_pairs}, {}
     if algorithm is None:
         algorithm = named("algorithm", cfg.algorithm, known)
     else:  # whatever reads cfg.algorithm must read the name of this function
         cfg = cfg.changed(algorithm=name_of(algorithm, known, cfg.algorithm))
-    with open_stage(cfg, "rlhf", cfg.starts_from(reward)) as stage:
+    if algorithm not in known.values():
+        code["code of algorithm"] = code_of(algorithm)
+    inputs = cfg.starts_from(reward)
+    if reward is not None:
+        cfg = cfg.changed(reward=name_of(reward, {}))
+        code["code of reward"] = code_of(reward)
+    with open_stage(cfg, "rlhf", inputs, code=code) as stage:
         crew = assemble(cfg, reward)
         if algorithm is from_pairs:
             steps = from_pairs(crew, cfg, stage)

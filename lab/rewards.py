@@ -1,7 +1,9 @@
 """Rewards: each is a callable `reward(prompts, responses) -> list of numbers`; so is their sum."""
 
 import difflib
+import hashlib
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -144,6 +146,29 @@ def name_of(function, shipped, preferred=""):
         return preferred if preferred in names else names[0]
     own = function if hasattr(function, "__qualname__") else type(function)
     return f"{own.__module__}.{own.__qualname__}"
+
+
+def code_of(function):
+    """A short hash of what a function does, so that a stopped run notices another one.
+
+    It covers the code, its constants and defaults, and plain values that the function closes over.
+    """
+    function = getattr(function, "__func__", function)
+    if not hasattr(function, "__code__"):
+        function = type(function).__call__
+    return hashlib.md5(repr(meaning(function)).encode()).hexdigest()[:12]
+
+
+def meaning(part):
+    """Code as nested tuples, without addresses, line numbers and file names."""
+    if inspect.iscode(part):
+        return part.co_code, part.co_names, tuple(map(meaning, part.co_consts))
+    if inspect.isfunction(part):
+        cells = [cell.cell_contents for cell in part.__closure__ or ()]
+        return meaning(part.__code__), meaning(part.__defaults__), tuple(map(meaning, cells))
+    if isinstance(part, tuple | list):
+        return tuple(map(meaning, part))
+    return part if isinstance(part, int | float | str | bytes | None) else type(part).__name__
 
 
 def ask(reward, prompts, responses, what="reward"):

@@ -523,3 +523,48 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(estimator):
     assert (moved.exp() * (moved - reference)).sum() < before - 1e-3
     with pytest.raises(CourseError, match="gradient of zero on average"):
         util.kl_loss(policy[:1, None], reference[:1, None], mask, estimator="k1")
+
+
+# ------------------------------------------------------------------- functions of one's own, again
+
+
+def test_the_code_of_a_function_tells_it_apart():
+    def scaled(weight):
+        return lambda prompts, responses: [weight * len(r) for r in responses]
+
+    class Polite:
+        def __call__(self, prompts, responses):
+            return [float("please" in r) for r in responses]
+
+    codes = {rewards.code_of(f) for f in (scaled(1.0), scaled(2.0), Polite(), rewards.length)}
+    assert len(codes) == 4
+    assert rewards.code_of(scaled(1.0)) == rewards.code_of(scaled(1.0))
+    assert rewards.code_of(Polite()) == rewards.code_of(Polite())
+
+
+@pytest.mark.parametrize("what", ["reward", "algorithm"])
+def test_a_stopped_run_goes_on_with_the_same_function_only(what, begin):
+    """A lambda has no name of its own: its code is compared."""
+    cfg = small(begin, algorithm="rloo", answers=4, rollout=8, steps=3, checkpoint_every=1)
+
+    def given(weight):
+        def reward(prompts, responses):
+            return [weight * len(r) for r in responses]
+
+        def loss(crew, rollout, cfg, rows):
+            value, count, stats = util.grpo(crew, rollout, cfg, rows)
+            return weight * value, count, stats
+
+        return {"reward": reward} | ({"algorithm": loss} if what == "algorithm" else {})
+
+    def stopped(functions):
+        steps = util.train_rlhf(cfg, **functions)
+        next(steps), next(steps)
+        steps.close()
+
+    stopped(given(1.0))
+    with pytest.raises(CourseError, match=f"code of {what} has changed"):
+        next(util.train_rlhf(cfg, **given(1.0) | {what: given(2.0)[what]}))
+    assert len(list(util.train_rlhf(cfg, **given(1.0)))) == 3
+    record = json.loads((begin / "model" / "rlhf" / "stage.json").read_text())
+    assert "reward" in record["config"]["reward"], "its name, not that of the reward model"
