@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import CourseError
-from lab.runs import read_record
+from lab.runs import has_record, read_record
 from lab.settings import Settings, knob
 
 COLAB = dict(
@@ -184,12 +184,12 @@ class Config(Settings):
     @classmethod
     def of(cls, preset="auto", root=".", **values):
         """A Config for a notebook: preset auto is what suits the base model of 0_download."""
-        base = Path(root) / "model" / "base" / "stage.json"
-        if preset == "auto" and base.exists():
+        if preset == "auto" and has_record(root, "base"):
             record = read_record(root, "base")
             given = record["config"].get("preset")
             preset = record["metrics"].get("preset") if given == "auto" else given
             if preset not in cls.presets:
+                base = Path(root) / "model" / "base" / "stage.json"
                 raise CourseError(f"{base} cannot be read: run 0_download.ipynb again.")
         return cls(preset, root=root, **values)
 

@@ -34,6 +34,65 @@ def digest(*paths):
     return whole.hexdigest()
 
 
+def steadily(read):
+    """The reader of an artifact; it reads anew where a run has replaced the artifact meanwhile."""
+
+    @functools.wraps(read)
+    def reads(root, name):
+        while True:
+            before = settled(root, name)
+            try:
+                found = read(root, name)
+            except (CourseError, OSError):
+                if settled(root, name) == before:
+                    raise
+            else:
+                if settled(root, name) == before:
+                    return found
+
+    return reads
+
+
+def settled(root, name):
+    """Which folder stands at model/<name>; None without one.
+
+    It waits where a run is between the two renames of `publish`. A run that died there has left the
+    lock free and the old artifact beside: whoever gets the lock puts it back.
+    """
+    folder, old, lock = places(root, name)
+    end = time.monotonic() + (10 if old.exists() else 0.1)
+    while not (found := stamp(folder)) and lock.exists() and time.monotonic() < end:
+        try:
+            with FileLock(lock).acquire(timeout=0):
+                recover(folder, old)
+                return stamp(folder)
+        except OSError:  # a living run has the lock; or nobody may write here
+            time.sleep(0.005)
+    return found or stamp(folder)
+
+
+def places(root, name):
+    """Where a finished stage stands, where its predecessor waits, and the lock of both."""
+    folder = Path(root) / "model" / name
+    return folder, folder.with_name(f".{name}.old"), folder.with_name(f".{name}.lock")
+
+
+def stamp(path):
+    """What tells a file or folder from any other in its place, and from itself moved and back."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+def recover(folder, old):
+    """Puts the old artifact back where a run died between its renames; only under the lock."""
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+
+
+@steadily
 def artifact(root, name):
     """The folder of a finished stage, after checking that it is whole and fits its inputs."""
     folder, record = Path(root) / "model" / name, read_record(root, name)
@@ -41,8 +100,8 @@ def artifact(root, name):
     if lost:
         raise CourseError(f"model/{name} is damaged ({lost[0]}): run {NOTEBOOKS[name]} again.")
     weights = [f for f in record["files"] if f.endswith(".safetensors")] or record["files"]
-    stamps = [(folder / f, (folder / f).stat().st_mtime_ns) for f in weights]
-    if fingerprint(tuple(stamps)) != record["id"]:
+    stamps = [(folder / f, stamp(folder / f)) for f in weights]
+    if fingerprint(tuple(stamps), record["id"]) != record["id"]:
         raise CourseError(
             f"model/{name} is damaged (other weights than were written): run {NOTEBOOKS[name]} "
             "again."
@@ -58,22 +117,20 @@ def artifact(root, name):
 
 
 @functools.lru_cache(maxsize=64)
-def fingerprint(stamps):
-    """The hash of some files; once for files that have not changed since."""
+def fingerprint(stamps, expected):
+    """The hash of some files; once for files that have not changed since, nor what is expected."""
     return digest(*(path for path, _ in stamps))
 
 
-def recover(root, name):
-    """Puts the old artifact back where a run was stopped between the two renames of `publish`."""
-    folder = Path(root) / "model" / name
-    old = folder.with_name(f".{name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+@steadily
+def has_record(root, name):
+    """Whether the course has made this artifact."""
+    return (Path(root) / "model" / name / "stage.json").exists()
 
 
+@steadily
 def read_record(root, name):
     """The stage.json of a finished stage."""
-    recover(root, name)
     path = Path(root) / "model" / name / "stage.json"
     if not path.parent.exists():
         raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.")
@@ -107,9 +164,7 @@ def foreign(folder):
 
 def finished(root):
     """The stages whose results are there, in the order of the course."""
-    return [
-        name for name in NOTEBOOKS if name != "report" and (Path(root) / "model" / name).exists()
-    ]
+    return [name for name in NOTEBOOKS if name != "report" and settled(root, name)]
 
 
 def file_size(path):
@@ -160,10 +215,10 @@ class Stage:
         for path in data:
             with reading(path):
                 self.data[Path(path).name] = digest(path)
-        self.target = self.root / "model" / name
+        self.target, self.old, lock = places(root, name)
         self.folder = self.target.with_name(f".{name}.partial")
         self.kept = self.target.with_name(f".{name}.checkpoints")
-        self.lock = FileLock(self.target.with_name(f".{name}.lock"))
+        self.lock = FileLock(lock)
         self.resume, self.resume_changed = resume, resume_changed
         self.past, self.notes, self.summary = [], [], {}
 
@@ -180,13 +235,13 @@ class Stage:
         """Takes the lock; finds the last checkpoint, or makes room for a run from the start."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=0.2)  # a reader may have it for a moment
         except Timeout:
             raise CourseError(
                 f"Another run is writing model/{self.name}: wait until it is done, or stop it."
             ) from None
         try:
-            recover(self.root, self.name)
+            recover(self.target, self.old)
             if foreign(self.target):
                 raise CourseError(
                     f"model/{self.name} was not made by this course, and would be lost: "
@@ -384,13 +439,11 @@ class Stage:
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (self.folder / "stage.json").write_text(text, encoding="utf-8")
-        recover(self.root, self.name)
-        old = self.target.with_name(f".{self.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
         if self.target.exists():
-            os.replace(self.target, old)
+            os.replace(self.target, self.old)
         os.replace(self.folder, self.target)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
         shutil.rmtree(self.kept, ignore_errors=True)
 
 

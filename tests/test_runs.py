@@ -3,11 +3,16 @@
 import json
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
+import util
 from lab import runs
-from lab.runs import NOTEBOOKS, CourseError, Stage, artifact, read_record
+from lab.runs import NOTEBOOKS, CourseError, Stage, artifact, finished, read_record
 
 CHAIN = {"base": (), "actor": ("base",), "critic": ("actor",), "rlhf": ("actor", "critic")}
 
@@ -251,3 +256,134 @@ def test_a_copied_course_still_works(course, tmp_path_factory):
     assert artifact(copy, "rlhf")
     texts = [path.read_text() for path in copy.rglob("stage.json")]
     assert not any(str(course) in text for text in texts)
+
+
+# ---------------------------------------------------------------------- read while it is written
+
+
+def ways_to_read(root):
+    """Whatever looks at a finished stage; each gives what it found, or raises."""
+    return [
+        lambda: read_record(root, "actor")["id"],
+        lambda: artifact(root, "actor"),
+        lambda: Stage(root, "critic", {}, ["actor"]).inputs,
+        lambda: finished(root).index("actor"),
+    ]
+
+
+@pytest.mark.parametrize("way", range(4))
+def test_a_reader_between_the_renames_waits_and_moves_nothing(course, monkeypatch, way):
+    renamed, go_on, real = threading.Event(), threading.Event(), os.replace
+
+    def replace(source, target):
+        real(source, target)
+        if str(target).endswith(".actor.old"):
+            renamed.set()
+            assert go_on.wait(20)
+
+    monkeypatch.setattr(runs.os, "replace", replace)
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(make, course, "actor", "new")
+        assert renamed.wait(20)
+        reader = pool.submit(ways_to_read(course)[way])
+        time.sleep(0.3)
+        assert not reader.done() and (course / "model" / ".actor.old").exists()
+        go_on.set()
+        writer.result(20), reader.result(20)
+    assert (course / "model" / "actor" / "model.safetensors").read_text() == "actor new"
+
+
+def test_a_reader_between_the_renames_of_the_base_takes_its_preset(course, monkeypatch):
+    with Stage(course, "base", {"preset": "smoke"}) as stage:
+        (stage.folder / "model.safetensors").write_text("base")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_rename(patch, 2)
+        make(course, "base", "new")
+    assert util.Config.of(root=str(course)).preset == "smoke"
+
+
+def test_an_artifact_that_is_replaced_while_it_is_read_is_read_anew(course, monkeypatch):
+    digest, calls = runs.digest, []
+
+    def slow(*paths):
+        calls.append(paths)
+        if len(calls) == 1:  # the record has been read, its weights have not
+            make(course, "actor", "new")
+        return digest(*paths)
+
+    monkeypatch.setattr(runs, "digest", slow)
+    runs.fingerprint.cache_clear()
+    assert artifact(course, "actor") and len(calls) > 2
+
+
+def test_whoever_is_missing_is_missed_at_once_although_a_run_has_begun(tmp_path):
+    with Stage(tmp_path, "base", {}):
+        start = time.perf_counter()
+        with pytest.raises(CourseError, match="model/base is not there yet"):
+            artifact(tmp_path, "base")
+        assert time.perf_counter() - start < 5
+
+
+def forked(work):
+    """Starts `work` in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def write_in_a_loop(root, seconds):
+    """Artifacts whose files differ in names and contents; each tenth writer dies in the gap."""
+
+    def publish(number, dies=False):
+        replace = os.replace
+
+        def last(source, target):
+            if dies and str(target).endswith("actor"):
+                os._exit(7)
+            replace(source, target)
+
+        os.replace = last
+        with Stage(root, "actor", {}, ["base"]) as stage:
+            for part in range(4):
+                text = f"{number} {part} " * (1 + number % 3)
+                (stage.folder / f"{number % 3}-{part}.safetensors").write_text(text)
+
+    end, number = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        number += 1
+        if number % 10:
+            publish(number)
+        else:
+            assert status(forked(partial(publish, number, dies=True))) == 7
+
+
+def read_in_a_loop(root, seconds):
+    end, seen = time.monotonic() + seconds, set()
+    while time.monotonic() < end:
+        for way in ways_to_read(root):
+            way()
+        seen.add(read_record(root, "actor")["id"])
+    return len(seen)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="writers die in processes of their own")
+def test_readers_beside_a_writer_never_fail(course):
+    children = [forked(lambda: write_in_a_loop(course, 2))]
+    children.append(forked(lambda: read_in_a_loop(course, 2)))
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(lambda _: read_in_a_loop(course, 2), range(2)))
+    assert [status(child) for child in children] == [0, 0]
+    assert min(seen) > 1, "the readers met several artifacts"
+    assert artifact(course, "actor")
