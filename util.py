@@ -715,8 +715,8 @@ def open_stage(cfg, name, inputs=(), data="train.json"):
     """The folder that a stage fills; it appears in model/ when it is whole."""
     torch.manual_seed(cfg.seed)  # for the dropout of models that have some
     data = [Path(cfg.root) / "dataset" / data]
-    goes_on = {"resume": cfg.resume, "resume_changed": cfg.resume_changed}
-    return Stage(cfg.root, name, asdict(cfg), inputs, data, every=cfg.checkpoint_every, **goes_on)
+    how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed}
+    return Stage(cfg.root, name, asdict(cfg), inputs, data, minutes=cfg.checkpoint_minutes, **how)
 
 
 def train_base(cfg):

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -205,9 +204,9 @@ class Stage:
         *,
         resume=True,
         resume_changed=False,
-        every=100,
+        minutes=2.0,
     ):
-        self.root, self.name, self.config, self.every = Path(root), name, config, every
+        self.root, self.name, self.config, self.minutes = Path(root), name, config, minutes
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
         for source in inputs:
             artifact(root, source)
@@ -220,7 +219,7 @@ class Stage:
         self.kept = self.target.with_name(f".{name}.checkpoints")
         self.lock = FileLock(lock)
         self.resume, self.resume_changed = resume, resume_changed
-        self.past, self.notes, self.summary = [], [], {}
+        self.past, self.notes, self.summary, self.asked = [], [], {}, False
 
     def __enter__(self):
         try:
@@ -268,6 +267,8 @@ class Stage:
 
     def last_checkpoint(self):
         """The newest whole checkpoint of a stopped run, its files cut back to then; or None."""
+        if not self.folder.exists():  # what was stopped was complete
+            return None
         found = sorted(self.kept.glob("step-*"), reverse=True)
         for folder in found:
             note = self.whole(folder)
@@ -276,16 +277,24 @@ class Stage:
             if folder != found[0]:
                 self.say(f"{found[0].name} is damaged; {folder.name} is whole and is taken.")
             self.compare(note)
-            for name, size in note["sizes"].items():
-                os.truncate(self.folder / name, size)
-            for path in self.folder.iterdir():
-                if path.name not in note["sizes"]:
-                    path.unlink()
+            for damaged in found[: found.index(folder)]:
+                shutil.rmtree(damaged)
+            self.cut_back(note["sizes"])
             self.past = note["past"]
             return folder
         if found:
             self.say("the checkpoints of a stopped run are damaged; starting afresh.")
         return None
+
+    def cut_back(self, sizes):
+        """The files being written as they were then: logs shorter, weights and adapters gone."""
+        for path in self.folder.iterdir():
+            if path.name in sizes:
+                os.truncate(path, sizes[path.name])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def whole(self, folder):
         """The note of a checkpoint; None if a file of it, or one it counts on, is cut short."""
@@ -295,7 +304,7 @@ class Stage:
             fine = all(file_size(path) == size for path, size in parts.items())
             logs = {self.folder / name: size for name, size in note["sizes"].items()}
             fine &= all((file_size(path) or 0) >= size for path, size in logs.items())
-            fine &= {"step", "state", "notes"} <= set(note)
+            fine &= {"step", "state", "notes", "random"} <= set(note)
             fine &= set(note["plan"]) == set(self.plan())
             text = (self.folder / "metrics.jsonl").read_bytes()[: note["sizes"]["metrics.jsonl"]]
             note["past"] = [json.loads(line) for line in text.decode().splitlines()]
@@ -325,58 +334,61 @@ class Stage:
         What survives: `optimiser.models`, `.adamw` and the dict `.state`, every random state, and
         what was logged. All else has to follow from the number of the step.
         """
-        from accelerate import Accelerator
-
-        # It remarks at every save that tied weights are stored once, as they should be.
-        logging.getLogger("accelerate").setLevel(logging.ERROR)
-        device = next(optimiser.models[0].parameters()).device
-        accelerator, first = Accelerator(cpu=device.type == "cpu"), 0
-        for part in (*optimiser.models, optimiser.adamw):
-            accelerator.prepare(part)
-        if self.checkpoint:
-            note = self.load(accelerator)
-            optimiser.state.update(note["state"])
-            first, self.notes = note["step"], note["notes"] + self.notes
-            self.say(f"going on after step {first} of {total}, where a run was stopped.")
+        first = self.load(optimiser, total) if self.checkpoint else 0
         with Stop() as stop:
+            saved, seconds = time.perf_counter(), 60 * self.minutes
+            pause = seconds
             for step in range(first, total):
                 yield step
-                if step + 1 < total and ((step + 1) % self.every == 0 or stop.asked):
-                    self.save(accelerator, step + 1, optimiser.state)
+                if step + 1 == total:
+                    self.asked = stop.asked  # nothing is left to be stopped: the result is written
+                    return
+                start = time.perf_counter()
+                if stop.asked or start - saved >= pause:
+                    self.save(optimiser, step + 1)
+                    saved = time.perf_counter()
+                    if seconds:  # saving takes a twentieth of the time at most
+                        pause = max(seconds, 19 * (saved - start))
                 if stop.asked:
                     raise KeyboardInterrupt(f"{self.name} stopped after step {step + 1}.")
 
-    def load(self, accelerator):
-        """Reads the checkpoint. Its few pickled files hold tensors and numbers, or are refused."""
-        from accelerate.utils import load
+    def load(self, optimiser, total):
+        """Reads the checkpoint; the number of steps that it has behind it."""
+        from lab import checkpoints
 
         try:
-            for path in self.checkpoint.glob("random_states_*.pkl"):
-                load(path)  # where this fails, load_state would go on without a word
-            accelerator.load_state(self.checkpoint)
-            return json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
-        except Exception as error:  # pickle, safetensors, torch and the disk have many kinds
+            note = json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
+            checkpoints.read(self.checkpoint, optimiser)
+            checkpoints.set_random_states(note["random"], device_of(optimiser))
+        except Exception as error:  # safetensors, torch and the disk have many kinds
             reason = reason_of(error)
             raise CourseError(
                 f"model/{self.kept.name}/{self.checkpoint.name} cannot be loaded "
                 f"({reason}): delete that folder to go on from the one before, or set resume = "
                 "False to start afresh."
             ) from None
+        optimiser.state.update(note["state"])
+        self.notes = note["notes"] + self.notes
+        self.say(f"going on after step {note['step']} of {total}, where a run was stopped.")
+        return note["step"]
 
-    def save(self, accelerator, step, state):
-        """A checkpoint, written beside its place and renamed; the last two are kept."""
-        folder = self.kept / f"step-{step:08d}"
-        building = self.kept / "building"
-        shutil.rmtree(building, ignore_errors=True)
-        accelerator.save_state(building)
-        note = {"step": step, "state": state, "notes": self.notes, "plan": self.plan()}
+    def save(self, optimiser, step):
+        """A checkpoint, written beside its place and renamed.
+
+        From the first on there is always a whole one; with the half one there are never three.
+        """
+        from lab import checkpoints
+
+        folder, building = self.kept / f"step-{step:08d}", self.kept / "building"
+        for old in (building, *sorted(self.kept.glob("step-*"))[:-1]):
+            shutil.rmtree(old, ignore_errors=True)
+        checkpoints.write(building, optimiser)
+        note = {"step": step, "state": optimiser.state, "notes": self.notes, "plan": self.plan()}
+        note["random"] = checkpoints.random_states(device_of(optimiser))
         note["parts"] = {path.name: file_size(path) for path in building.iterdir()}
         note["sizes"] = {path.name: file_size(path) for path in self.folder.iterdir()}
         (building / "note.json").write_text(json.dumps(note), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of an earlier run
         os.replace(building, folder)
-        for old in sorted(self.kept.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
 
     def log(self, metrics):
         """One step's metrics: kept as a line, handed on to whoever watches."""
@@ -414,6 +426,8 @@ class Stage:
         finally:
             self.lock.release()
         self.fail(error)
+        if self.asked and kind is None:
+            raise KeyboardInterrupt(f"{self.name} was complete when it was stopped.")
 
     def fail(self, error):
         """Puts an error of the machine into words; what was there before is still there."""
@@ -449,8 +463,12 @@ class Stage:
 
 FREE = {  # a stopped run goes on whatever these say
     "root",  # a course may move
-    "resume", "resume_changed", "checkpoint_every", "kl_limit", "stop_on_alert", "cpu_fallback",
+    "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
 }  # fmt: skip
+
+
+def device_of(optimiser):
+    return next(optimiser.models[0].parameters()).device
 
 
 def rounded(value):

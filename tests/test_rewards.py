@@ -14,7 +14,7 @@ from lab import CourseError, rewards, world
 
 SMALL = dict(
     device="cpu", pretrain_documents=200, pretrain_steps=3, steps=2, rollout=8, minibatch=4,
-    ppo_epochs=2, checkpoint_every=5, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
+    ppo_epochs=2, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
     validation_rows=8, actor_batch=16, critic_batch=24, max_new_tokens=12, test_rows=8,
     eval_batch=8, norm_prompts=4, norm_answers=2, ensemble=2,
 )  # fmt: skip
