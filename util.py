@@ -739,9 +739,9 @@ def open_stage(cfg, name, inputs=(), data="train.json", code=None):
     """
     torch.manual_seed(cfg.seed)  # for the dropout of models that have some
     data = [Path(cfg.root) / "dataset" / data]
-    goes_on = {"resume": cfg.resume, "resume_changed": cfg.resume_changed}
-    config = asdict(cfg) | (code or {})
-    return Stage(cfg.root, name, config, inputs, data, every=cfg.checkpoint_every, **goes_on)
+    config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
+    how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
+    return Stage(cfg.root, name, config, inputs, data, **how)
 
 
 def train_base(cfg, base=None):

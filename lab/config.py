@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import CourseError
-from lab.runs import read_record
+from lab.runs import has_record, read_record
 from lab.settings import Settings, knob
 
 COLAB = dict(
     actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
     max_prompt=384, max_new_tokens=128, steps=100, rollout=32, minibatch=8, ppo_epochs=4,
-    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, checkpoint_every=100,
-    eval_batch=64, dpo_beta=0.1, dpo_lr=5e-6, dpo_batch=8, precision="auto",
+    policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, eval_batch=64,
+    dpo_beta=0.1, dpo_lr=5e-6, dpo_batch=8, precision="auto",
 )  # fmt: skip
 PRESETS = {
     "tiny": {},  # the defaults below
@@ -22,7 +22,7 @@ PRESETS = {
         pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32,
         vocab_size=600, sft_share=0.02, preference_share=0.02, prompt_share=0.01, actor_batch=16,
         validation_rows=16, norm_prompts=4, steps=2, rollout=8, minibatch=4, max_new_tokens=16,
-        checkpoint_every=5, sample_every=1, test_rows=24, eval_batch=24,
+        sample_every=1, test_rows=24, eval_batch=24,
     ),
 }  # fmt: skip
 
@@ -69,7 +69,9 @@ class Config(Settings):
     resume_changed: bool = knob(
         False, "base actor critic rlhf", "go on although parameters or data are other ones now"
     )
-    checkpoint_every: int = knob(25, "base actor critic rlhf", "steps between two checkpoints")
+    checkpoint_minutes: float = knob(
+        2.0, "base actor critic rlhf", "minutes between two checkpoints; 0: one after every step"
+    )
     micro_batch: int = knob(
         0, "base actor critic rlhf", "rows at once in an update, which stays the same; 0: all"
     )
@@ -186,12 +188,12 @@ class Config(Settings):
     @classmethod
     def of(cls, preset="auto", root=".", **values):
         """A Config for a notebook: preset auto is what suits the base model of 0_download."""
-        base = Path(root) / "model" / "base" / "stage.json"
-        if preset == "auto" and base.exists():
+        if preset == "auto" and has_record(root, "base"):
             record = read_record(root, "base")
             given = record["config"].get("preset")
             preset = record["metrics"].get("preset") if given == "auto" else given
             if preset not in cls.presets:
+                base = Path(root) / "model" / "base" / "stage.json"
                 raise CourseError(f"{base} cannot be read: run 0_download.ipynb again.")
         return cls(preset, root=root, **values)
 

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -34,6 +33,65 @@ def digest(*paths):
     return whole.hexdigest()
 
 
+def steadily(read):
+    """The reader of an artifact; it reads anew where a run has replaced the artifact meanwhile."""
+
+    @functools.wraps(read)
+    def reads(root, name):
+        while True:
+            before = settled(root, name)
+            try:
+                found = read(root, name)
+            except (CourseError, OSError):
+                if settled(root, name) == before:
+                    raise
+            else:
+                if settled(root, name) == before:
+                    return found
+
+    return reads
+
+
+def settled(root, name):
+    """Which folder stands at model/<name>; None without one.
+
+    It waits where a run is between the two renames of `publish`. A run that died there has left the
+    lock free and the old artifact beside: whoever gets the lock puts it back.
+    """
+    folder, old, lock = places(root, name)
+    end = time.monotonic() + (10 if old.exists() else 0.1)
+    while not (found := stamp(folder)) and lock.exists() and time.monotonic() < end:
+        try:
+            with FileLock(lock).acquire(timeout=0):
+                recover(folder, old)
+                return stamp(folder)
+        except OSError:  # a living run has the lock; or nobody may write here
+            time.sleep(0.005)
+    return found or stamp(folder)
+
+
+def places(root, name):
+    """Where a finished stage stands, where its predecessor waits, and the lock of both."""
+    folder = Path(root) / "model" / name
+    return folder, folder.with_name(f".{name}.old"), folder.with_name(f".{name}.lock")
+
+
+def stamp(path):
+    """What tells a file or folder from any other in its place, and from itself moved and back."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+def recover(folder, old):
+    """Puts the old artifact back where a run died between its renames; only under the lock."""
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+
+
+@steadily
 def artifact(root, name):
     """The folder of a finished stage, after checking that it is whole and fits its inputs."""
     folder, record = Path(root) / "model" / name, read_record(root, name)
@@ -41,8 +99,8 @@ def artifact(root, name):
     if lost:
         raise CourseError(f"model/{name} is damaged ({lost[0]}): run {NOTEBOOKS[name]} again.")
     weights = [f for f in record["files"] if f.endswith(".safetensors")] or record["files"]
-    stamps = [(folder / f, (folder / f).stat().st_mtime_ns) for f in weights]
-    if fingerprint(tuple(stamps)) != record["id"]:
+    stamps = [(folder / f, stamp(folder / f)) for f in weights]
+    if fingerprint(tuple(stamps), record["id"]) != record["id"]:
         raise CourseError(
             f"model/{name} is damaged (other weights than were written): run {NOTEBOOKS[name]} "
             "again."
@@ -58,22 +116,20 @@ def artifact(root, name):
 
 
 @functools.lru_cache(maxsize=64)
-def fingerprint(stamps):
-    """The hash of some files; once for files that have not changed since."""
+def fingerprint(stamps, expected):
+    """The hash of some files; once for files that have not changed since, nor what is expected."""
     return digest(*(path for path, _ in stamps))
 
 
-def recover(root, name):
-    """Puts the old artifact back where a run was stopped between the two renames of `publish`."""
-    folder = Path(root) / "model" / name
-    old = folder.with_name(f".{name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+@steadily
+def has_record(root, name):
+    """Whether the course has made this artifact."""
+    return (Path(root) / "model" / name / "stage.json").exists()
 
 
+@steadily
 def read_record(root, name):
     """The stage.json of a finished stage."""
-    recover(root, name)
     path = Path(root) / "model" / name / "stage.json"
     if not path.parent.exists():
         raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.")
@@ -107,9 +163,7 @@ def foreign(folder):
 
 def finished(root):
     """The stages whose results are there, in the order of the course."""
-    return [
-        name for name in NOTEBOOKS if name != "report" and (Path(root) / "model" / name).exists()
-    ]
+    return [name for name in NOTEBOOKS if name != "report" and settled(root, name)]
 
 
 def file_size(path):
@@ -150,9 +204,9 @@ class Stage:
         *,
         resume=True,
         resume_changed=False,
-        every=100,
+        minutes=2.0,
     ):
-        self.root, self.name, self.config, self.every = Path(root), name, config, every
+        self.root, self.name, self.config, self.minutes = Path(root), name, config, minutes
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
         for source in inputs:
             artifact(root, source)
@@ -160,12 +214,12 @@ class Stage:
         for path in data:
             with reading(path):
                 self.data[Path(path).name] = digest(path)
-        self.target = self.root / "model" / name
+        self.target, self.old, lock = places(root, name)
         self.folder = self.target.with_name(f".{name}.partial")
         self.kept = self.target.with_name(f".{name}.checkpoints")
-        self.lock = FileLock(self.target.with_name(f".{name}.lock"))
+        self.lock = FileLock(lock)
         self.resume, self.resume_changed = resume, resume_changed
-        self.past, self.notes, self.summary = [], [], {}
+        self.past, self.notes, self.summary, self.asked = [], [], {}, False
 
     def __enter__(self):
         try:
@@ -180,13 +234,13 @@ class Stage:
         """Takes the lock; finds the last checkpoint, or makes room for a run from the start."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=0.2)  # a reader may have it for a moment
         except Timeout:
             raise CourseError(
                 f"Another run is writing model/{self.name}: wait until it is done, or stop it."
             ) from None
         try:
-            recover(self.root, self.name)
+            recover(self.target, self.old)
             if foreign(self.target):
                 raise CourseError(
                     f"model/{self.name} was not made by this course, and would be lost: "
@@ -213,6 +267,8 @@ class Stage:
 
     def last_checkpoint(self):
         """The newest whole checkpoint of a stopped run, its files cut back to then; or None."""
+        if not self.folder.exists():  # what was stopped was complete
+            return None
         found = sorted(self.kept.glob("step-*"), reverse=True)
         for folder in found:
             note = self.whole(folder)
@@ -221,16 +277,24 @@ class Stage:
             if folder != found[0]:
                 self.say(f"{found[0].name} is damaged; {folder.name} is whole and is taken.")
             self.compare(note)
-            for name, size in note["sizes"].items():
-                os.truncate(self.folder / name, size)
-            for path in self.folder.iterdir():
-                if path.name not in note["sizes"]:
-                    path.unlink()
+            for damaged in found[: found.index(folder)]:
+                shutil.rmtree(damaged)
+            self.cut_back(note["sizes"])
             self.past = note["past"]
             return folder
         if found:
             self.say("the checkpoints of a stopped run are damaged; starting afresh.")
         return None
+
+    def cut_back(self, sizes):
+        """The files being written as they were then: logs shorter, weights and adapters gone."""
+        for path in self.folder.iterdir():
+            if path.name in sizes:
+                os.truncate(path, sizes[path.name])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def whole(self, folder):
         """The note of a checkpoint; None if a file of it, or one it counts on, is cut short."""
@@ -240,7 +304,7 @@ class Stage:
             fine = all(file_size(path) == size for path, size in parts.items())
             logs = {self.folder / name: size for name, size in note["sizes"].items()}
             fine &= all((file_size(path) or 0) >= size for path, size in logs.items())
-            fine &= {"step", "state", "notes"} <= set(note)
+            fine &= {"step", "state", "notes", "random"} <= set(note)
             fine &= set(note["plan"]) == set(self.plan())
             text = (self.folder / "metrics.jsonl").read_bytes()[: note["sizes"]["metrics.jsonl"]]
             note["past"] = [json.loads(line) for line in text.decode().splitlines()]
@@ -270,58 +334,61 @@ class Stage:
         What survives: `optimiser.models`, `.adamw` and the dict `.state`, every random state, and
         what was logged. All else has to follow from the number of the step.
         """
-        from accelerate import Accelerator
-
-        # It remarks at every save that tied weights are stored once, as they should be.
-        logging.getLogger("accelerate").setLevel(logging.ERROR)
-        device = next(optimiser.models[0].parameters()).device
-        accelerator, first = Accelerator(cpu=device.type == "cpu"), 0
-        for part in (*optimiser.models, optimiser.adamw):
-            accelerator.prepare(part)
-        if self.checkpoint:
-            note = self.load(accelerator)
-            optimiser.state.update(note["state"])
-            first, self.notes = note["step"], note["notes"] + self.notes
-            self.say(f"going on after step {first} of {total}, where a run was stopped.")
+        first = self.load(optimiser, total) if self.checkpoint else 0
         with Stop() as stop:
+            saved, seconds = time.perf_counter(), 60 * self.minutes
+            pause = seconds
             for step in range(first, total):
                 yield step
-                if step + 1 < total and ((step + 1) % self.every == 0 or stop.asked):
-                    self.save(accelerator, step + 1, optimiser.state)
+                if step + 1 == total:
+                    self.asked = stop.asked  # nothing is left to be stopped: the result is written
+                    return
+                start = time.perf_counter()
+                if stop.asked or start - saved >= pause:
+                    self.save(optimiser, step + 1)
+                    saved = time.perf_counter()
+                    if seconds:  # saving takes a twentieth of the time at most
+                        pause = max(seconds, 19 * (saved - start))
                 if stop.asked:
                     raise KeyboardInterrupt(f"{self.name} stopped after step {step + 1}.")
 
-    def load(self, accelerator):
-        """Reads the checkpoint. Its few pickled files hold tensors and numbers, or are refused."""
-        from accelerate.utils import load
+    def load(self, optimiser, total):
+        """Reads the checkpoint; the number of steps that it has behind it."""
+        from lab import checkpoints
 
         try:
-            for path in self.checkpoint.glob("random_states_*.pkl"):
-                load(path)  # where this fails, load_state would go on without a word
-            accelerator.load_state(self.checkpoint)
-            return json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
-        except Exception as error:  # pickle, safetensors, torch and the disk have many kinds
+            note = json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
+            checkpoints.read(self.checkpoint, optimiser)
+            checkpoints.set_random_states(note["random"], device_of(optimiser))
+        except Exception as error:  # safetensors, torch and the disk have many kinds
             reason = reason_of(error)
             raise CourseError(
                 f"model/{self.kept.name}/{self.checkpoint.name} cannot be loaded "
                 f"({reason}): delete that folder to go on from the one before, or set resume = "
                 "False to start afresh."
             ) from None
+        optimiser.state.update(note["state"])
+        self.notes = note["notes"] + self.notes
+        self.say(f"going on after step {note['step']} of {total}, where a run was stopped.")
+        return note["step"]
 
-    def save(self, accelerator, step, state):
-        """A checkpoint, written beside its place and renamed; the last two are kept."""
-        folder = self.kept / f"step-{step:08d}"
-        building = self.kept / "building"
-        shutil.rmtree(building, ignore_errors=True)
-        accelerator.save_state(building)
-        note = {"step": step, "state": state, "notes": self.notes, "plan": self.plan()}
+    def save(self, optimiser, step):
+        """A checkpoint, written beside its place and renamed.
+
+        From the first on there is always a whole one; with the half one there are never three.
+        """
+        from lab import checkpoints
+
+        folder, building = self.kept / f"step-{step:08d}", self.kept / "building"
+        for old in (building, *sorted(self.kept.glob("step-*"))[:-1]):
+            shutil.rmtree(old, ignore_errors=True)
+        checkpoints.write(building, optimiser)
+        note = {"step": step, "state": optimiser.state, "notes": self.notes, "plan": self.plan()}
+        note["random"] = checkpoints.random_states(device_of(optimiser))
         note["parts"] = {path.name: file_size(path) for path in building.iterdir()}
         note["sizes"] = {path.name: file_size(path) for path in self.folder.iterdir()}
         (building / "note.json").write_text(json.dumps(note), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of an earlier run
         os.replace(building, folder)
-        for old in sorted(self.kept.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
 
     def log(self, metrics):
         """One step's metrics: kept as a line, handed on to whoever watches."""
@@ -359,6 +426,8 @@ class Stage:
         finally:
             self.lock.release()
         self.fail(error)
+        if self.asked and kind is None:
+            raise KeyboardInterrupt(f"{self.name} was complete when it was stopped.")
 
     def fail(self, error):
         """Puts an error of the machine into words; what was there before is still there."""
@@ -384,20 +453,22 @@ class Stage:
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (self.folder / "stage.json").write_text(text, encoding="utf-8")
-        recover(self.root, self.name)
-        old = self.target.with_name(f".{self.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
         if self.target.exists():
-            os.replace(self.target, old)
+            os.replace(self.target, self.old)
         os.replace(self.folder, self.target)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
         shutil.rmtree(self.kept, ignore_errors=True)
 
 
 FREE = {  # a stopped run goes on whatever these say
     "root",  # a course may move
-    "resume", "resume_changed", "checkpoint_every", "kl_limit", "stop_on_alert", "cpu_fallback",
+    "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
 }  # fmt: skip
+
+
+def device_of(optimiser):
+    return next(optimiser.models[0].parameters()).device
 
 
 def rounded(value):

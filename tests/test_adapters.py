@@ -202,7 +202,7 @@ def weights(folder, stage):
 
 def stopped_and_resumed(folder, stage, **changes):
     """Runs a stage up to its first checkpoint, and again to its end."""
-    changes = dict(checkpoint_every=1, actor_epochs=2, critic_epochs=2, steps=3) | changes
+    changes = dict(checkpoint_minutes=0, actor_epochs=2, critic_epochs=2, steps=3) | changes
     cfg = config(folder, **changes)
     run = getattr(util, f"train_{stage}")(cfg)
     for _ in range(2):
@@ -213,7 +213,7 @@ def stopped_and_resumed(folder, stage, **changes):
 
 
 def in_one_go(folder, stage, **changes):
-    changes = dict(checkpoint_every=99, actor_epochs=2, critic_epochs=2, steps=3) | changes
+    changes = dict(actor_epochs=2, critic_epochs=2, steps=3) | changes
     return train(config(folder, **changes), stage), weights(folder, stage)
 
 

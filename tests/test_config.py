@@ -20,7 +20,7 @@ from lab import CourseError, trouble, world
 
 SMALL = dict(
     device="cpu", pretrain_documents=200, pretrain_steps=3, steps=2, rollout=8, minibatch=4,
-    ppo_epochs=2, checkpoint_every=1, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
+    ppo_epochs=2, checkpoint_minutes=0, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
     validation_rows=8, actor_batch=16, critic_batch=24, max_new_tokens=12, test_rows=8,
     eval_batch=8, best_of_rows=3, dpo_batch=32, norm_prompts=4, norm_answers=2, ensemble=2,
 )  # fmt: skip
@@ -102,7 +102,7 @@ def halfway(place, values):
     train = util.train_base(config(root, values))
     next(train), next(train), next(train)
     train.close()
-    return sorted(p.name for p in (root / "model" / ".base.checkpoints").iterdir())
+    return sorted(p.name for p in (root / "model" / ".base.checkpoints").glob("*"))
 
 
 def resumed(place, values):
@@ -267,7 +267,7 @@ TABLE = {  # field: another value, where to look, what else is set
     "warmup": (0.5, updates, {}),
     "resume": (False, resumed, {}),
     "resume_changed": (True, resumed, dict(pretrain_lr=1e-5)),
-    "checkpoint_every": (2, halfway, {}),
+    "checkpoint_minutes": (2.0, halfway, {}),
     "micro_batch": (3, cut, {}),
     "cpu_fallback": (True, no_room, {}),
     "reader": ("own_functions.read", rows_of("sft"), {}),

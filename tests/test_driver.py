@@ -88,6 +88,7 @@ def test_plain_help_does_not_wait_for_torch():
     "line, sentence",
     [
         ("actor --set actor_lrr=1e-3", "did you mean 'actor_lr'"),
+        ("course --set checkpoint_every=25", "did you mean 'checkpoint_minutes'"),
         ("course --config my.yaml", "did you mean 'kl_coef'"),
         ("course --preset smoky", "did you mean 'smoke'"),
         ("course --set actor_lr=high", "actor_lr = 'high' is impossible"),

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import util
-from lab import CourseError, world
+from lab import CourseError, checkpoints, world
 from lab import __main__ as driver
 from lab.runs import Stage
 
@@ -30,7 +30,7 @@ TABLE = Path(__file__).with_name("faults.md")
 STAGES = ("base", "actor", "critic", "rlhf")
 SMALL = dict(
     device="cpu", pretrain_steps=5, pretrain_documents=400, steps=3, rollout=6, minibatch=3,
-    ppo_epochs=1, checkpoint_every=1, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
+    ppo_epochs=1, checkpoint_minutes=0, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
     validation_rows=8, critic_batch=24, max_new_tokens=12, test_rows=8,
 )  # fmt: skip
 PAIR = ("prompt", "chosen", "rejected")
@@ -922,7 +922,7 @@ def full_while_checkpointing(course):
 @fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
 def full_while_publishing(course):
     """the disk is full when the finished weights are written"""
-    course.changes |= dict(checkpoint_every=1_000)
+    course.changes |= dict(checkpoint_minutes=60)
     course.in_child = no_larger_than(100_000)
 
 
@@ -1040,7 +1040,7 @@ def moved_course(course):
 @fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
 def newest_checkpoint_cut(course):
     """the weights of the newest checkpoint are cut in half"""
-    path = course.checkpoint() / "model.safetensors"
+    path = course.checkpoint() / "model-0.safetensors"
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -1048,7 +1048,7 @@ def newest_checkpoint_cut(course):
 def all_checkpoints_cut(course):
     """the weights of every checkpoint are cut in half"""
     for folder in (course.checkpoint(0), course.checkpoint(1)):
-        os.truncate(folder / "model.safetensors", 1_000)
+        os.truncate(folder / "model-0.safetensors", 1_000)
 
 
 @fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
@@ -1065,15 +1065,15 @@ def note_of_another_shape(course):
 
 @fault(KEPT, "rlhf", r"checkpoints/step-00000002 cannot be loaded.*delete that folder", "", True)
 def optimiser_is_garbage(course):
-    """optimizer.bin of the newest checkpoint is noise of the same size"""
-    path = course.checkpoint() / "optimizer.bin"
+    """the moments of the newest checkpoint are noise of the same size"""
+    path = course.checkpoint() / "adamw.safetensors"
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
 @fault(KEPT, "rlhf", r"checkpoints/step-00000002 cannot be loaded.*delete that folder", "", True)
 def checkpoint_weights_are_garbage(course):
     """the weights of the newest checkpoint are noise of the same size"""
-    path = course.checkpoint() / "model.safetensors"
+    path = course.checkpoint() / "model-0.safetensors"
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
@@ -1093,20 +1093,18 @@ def metrics_are_garbage(course):
 @fault(KEPT, "rlhf", r"going on after step 1 of 3, where a run was stopped", "bits")
 def killed_while_saving(course):
     """3_rlhf was killed in the middle of its second checkpoint"""
-    from accelerate import Accelerator
+    write, calls = checkpoints.write, []
 
-    save, calls = Accelerator.save_state, []
-
-    def dies(self, folder, **more):
+    def dies(folder, optimiser):
         calls.append(folder)
         if len(calls) == 2:
             folder.mkdir(parents=True)
-            (folder / "model.safetensors").write_bytes(b"half")
+            (folder / "model-0.safetensors").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        return save(self, folder, **more)
+        write(folder, optimiser)
 
     with course.patch.context() as patch:
-        patch.setattr(Accelerator, "save_state", dies)
+        patch.setattr(checkpoints, "write", dies)
         assert in_a_child(lambda: course.run("rlhf")) is None
     assert course.model(".rlhf.checkpoints", "building").exists()
 
@@ -1399,9 +1397,9 @@ def evil_tokenizer_code(course):
 @fault(
     SECURITY, "rlhf", r"checkpoints/step-00000002 cannot be loaded.*delete that folder", "", True
 )
-def evil_random_states(course):
-    """the random states of a checkpoint hold code"""
-    path = next(course.checkpoint().glob("random_states_*.pkl"))
+def evil_checkpoint(course):
+    """the weights of a checkpoint are a pickle that holds code"""
+    path = course.checkpoint() / "model-1.safetensors"
     path.write_bytes(pickle.dumps(Evil()).ljust(path.stat().st_size, b"\0"))
 
 
@@ -1409,8 +1407,8 @@ def evil_random_states(course):
     SECURITY, "rlhf", r"checkpoints/step-00000002 cannot be loaded.*delete that folder", "", True
 )
 def evil_optimiser(course):
-    """the optimiser's state of a checkpoint holds code"""
-    path = course.checkpoint() / "optimizer.bin"
+    """the moments of a checkpoint are a pickle that holds code"""
+    path = course.checkpoint() / "adamw.safetensors"
     path.write_bytes(pickle.dumps(Evil()).ljust(path.stat().st_size, b"\0"))
 
 

@@ -14,13 +14,14 @@ import traceback
 import pytest
 
 import util
+from lab import checkpoints
 from lab.runs import CourseError
 
 STAGES = {"base": (), "actor": ("base",), "critic": ("actor",), "rlhf": ("actor", "critic")}
 KILLS = int(os.environ.get("KILLS", 2))
 PARAMETERS = dict(
     pretrain_steps=24, pretrain_documents=400, actor_epochs=2, steps=5, kl_target=0.5,
-    kl_horizon=40, checkpoint_every=2, critic_batch=32,
+    kl_horizon=40, checkpoint_minutes=0, critic_batch=32,
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need POSIX signals")
 
@@ -30,12 +31,12 @@ def train(folder, stage, **changes):
     return list(getattr(util, f"train_{stage}")(cfg))
 
 
-def in_child(folder, stage):
+def in_child(folder, stage, **changes):
     """Trains in a process of its own, to be killed; no import to wait for."""
     child = os.fork()
     if child == 0:
         try:
-            train(folder, stage)
+            train(folder, stage, **changes)
         except KeyboardInterrupt:
             os._exit(130)
         except BaseException:
@@ -55,7 +56,8 @@ def result(folder, stage):
     ]
     samples = model / "samples.jsonl"
     text = samples.read_text() if samples.exists() else ""
-    return (model / "model.safetensors").read_bytes(), metrics, text
+    weights = sorted(model.rglob("*.safetensors"))
+    return {str(p.relative_to(model)): p.read_bytes() for p in weights}, metrics, text
 
 
 @pytest.fixture(scope="module")
@@ -123,27 +125,91 @@ def test_killed_after_a_checkpoint_it_goes_on_from_there(stage, finished, begin,
 
 
 def test_killed_in_the_middle_of_a_save_nothing_is_lost(finished, begin, monkeypatch):
-    from accelerate import Accelerator
+    write, calls = checkpoints.write, []
 
-    save, calls = Accelerator.save_state, []
-
-    def dies(self, folder, **more):
+    def dies(folder, optimiser):
         calls.append(folder)
         if len(calls) == 2:
             folder.mkdir(parents=True)
-            (folder / "model.safetensors").write_bytes(b"half")
+            (folder / "model-0.safetensors").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        return save(self, folder, **more)
+        write(folder, optimiser)
 
     folder = begin("rlhf")
     with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", dies)
+        patch.setattr(checkpoints, "write", dies)
         child = in_child(folder, "rlhf")
         os.waitpid(child, 0)
     kept = [path.name for path in (folder / "model" / ".rlhf.checkpoints").iterdir()]
-    assert sorted(kept) == ["building", "step-00000002"]
+    assert sorted(kept) == ["building", "step-00000001"]
     train(folder, "rlhf")
     assert result(folder, "rlhf") == result(finished[0], "rlhf")
+
+
+LAST_SAVES = {  # what a stage writes at its end, file by file: the folders that a kill leaves
+    "actor": (dict(lora_rank=4, actor_epochs=1), {"adapter"}),
+    "critic": (dict(lora_rank=4, ensemble=2), {"adapter", "member-1"}),
+}
+
+
+@pytest.fixture(scope="module")
+def unstopped(finished, tmp_path_factory):
+    """What `LAST_SAVES` end in without a kill, and how often each writes weights or a tokenizer."""
+    found = {}
+    for stage, (changes, _) in LAST_SAVES.items():
+        folder, calls = tmp_path_factory.mktemp(stage), []
+        shutil.copytree(finished[0], folder, dirs_exist_ok=True, symlinks=True)
+        with pytest.MonkeyPatch.context() as patch:
+            at_each_write(patch, calls.append)
+            train(folder, stage, **changes)
+        found[stage] = result(folder, stage), len(calls)
+    return found
+
+
+def at_each_write(patch, act):
+    """Calls `act` with the folder after each part of the result, and half-way through it."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    for kind in (PeftModel, PreTrainedModel, PreTrainedTokenizerBase):
+        write = kind.save_pretrained
+
+        def writes(self, folder, *args, write=write, **more):
+            if ".partial" not in str(folder):  # another place, for other readers
+                return write(self, folder, *args, **more)
+            os.makedirs(folder, exist_ok=True)
+            open(os.path.join(folder, "half"), "w").close()
+            act(folder)
+            os.unlink(os.path.join(folder, "half"))
+            write(self, folder, *args, **more)
+            act(folder)
+
+        patch.setattr(kind, "save_pretrained", writes)
+
+
+@pytest.mark.parametrize(
+    "stage, share", [("actor", 0.0), ("actor", 1.0), ("critic", 0.5), ("critic", 1.0)]
+)
+def test_killed_in_the_last_save_it_goes_on(stage, share, unstopped, begin, monkeypatch, capsys):
+    expected, count = unstopped[stage]
+    (changes, folders), folder, calls = LAST_SAVES[stage], begin(stage), []
+
+    def dies(_):
+        calls.append(1)
+        if len(calls) == max(1, round(share * count)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        at_each_write(patch, dies)
+        _, status = os.waitpid(in_child(folder, stage, **changes), 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    left = {
+        path.name for path in (folder / "model" / f".{stage}.partial").iterdir() if path.is_dir()
+    }
+    assert left == folders if share == 1 else left <= folders
+    train(folder, stage, **changes)
+    assert f"{stage}: going on after step" in capsys.readouterr().out
+    assert result(folder, stage) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -194,10 +260,3 @@ def test_two_runs_at_once_on_one_folder_are_refused(finished, begin):
         next(util.train_rlhf(cfg))
     list(first)
     assert result(folder, "rlhf") == result(finished[0], "rlhf")
-
-
-def test_no_more_than_two_checkpoints_are_kept(begin):
-    folder = begin("base")
-    run = util.train_base(util.Config("smoke", root=str(folder), **PARAMETERS))
-    most = max(len(list((folder / "model" / ".base.checkpoints").glob("step-*"))) for _ in run)
-    assert most == 2

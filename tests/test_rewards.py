@@ -14,7 +14,7 @@ from lab import CourseError, rewards, world
 
 SMALL = dict(
     device="cpu", pretrain_documents=200, pretrain_steps=3, steps=2, rollout=8, minibatch=4,
-    ppo_epochs=2, checkpoint_every=5, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
+    ppo_epochs=2, sft_share=0.2, preference_share=0.3, prompt_share=0.1,
     validation_rows=8, actor_batch=16, critic_batch=24, max_new_tokens=12, test_rows=8,
     eval_batch=8, norm_prompts=4, norm_answers=2, ensemble=2,
 )  # fmt: skip
@@ -545,7 +545,7 @@ def test_the_code_of_a_function_tells_it_apart():
 @pytest.mark.parametrize("what", ["reward", "algorithm"])
 def test_a_stopped_run_goes_on_with_the_same_function_only(what, begin):
     """A lambda has no name of its own: its code is compared."""
-    cfg = small(begin, algorithm="rloo", answers=4, rollout=8, steps=3, checkpoint_every=1)
+    cfg = small(begin, algorithm="rloo", answers=4, rollout=8, steps=3, checkpoint_minutes=0)
 
     def given(weight):
         def reward(prompts, responses):
