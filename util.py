@@ -856,8 +856,7 @@ def train_critic(cfg):
         optimiser = Optimiser(cfg, rates, len(plans[0]), batch=cfg.critic_batch, say=stage.say)
         yield from stage.past
         metrics = stage.past[-1] if stage.past else {}
-        # If the scale fails, nobody has to train again.
-        for step in stage.steps(len(plans[0]), optimiser, keep_last=True):
+        for step in stage.steps(len(plans[0]), optimiser, keep_last=True):  # the scale may fail
             start = time.perf_counter()
             batch = [[rows[i] for i in places] for places in zip(*(plan[step] for plan in plans))]
             metrics = {"step": step + 1, "steps": len(plans[0])}
@@ -910,11 +909,8 @@ def score_scale(model, cfg):
     return groups.mean().item(), max(groups.var(1).mean().sqrt().item(), 1e-3)
 
 
-def answer(
-    model, tokenizer, prompts, cfg, generator, temperature=None, then=lambda *tokens: tokens
-):
-    """Answers to many prompts, as many at a time as fit: of each batch what `then` makes of its
-    tokens."""
+def answer(model, tokenizer, prompts, cfg, generator, temperature=None, then=lambda *t: t):
+    """Answers to many prompts, as many at once as fit: what `then` makes of each batch's tokens."""
 
     def work(part):
         prompt = encode_prompts(tokenizer, part, cfg, model.device)
