@@ -34,6 +34,7 @@ from lab import CourseError, models, swift, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import turns, with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
+from lab.passes import in_parts
 from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
 from lab.shares import batches, dice, epochs, load_eval_rows, load_rows, prompt_batch, stack  # noqa: F401
@@ -485,14 +486,12 @@ class RewardModel:
         self.mean = getattr(self.model.config, "reward_mean", 0.0)
         self.std = getattr(self.model.config, "reward_std", 1.0)
 
-    @torch.no_grad()
     def __call__(self, prompts, responses):
-        device, scores = self.model.device, []
-        for rows in chunks(range(len(prompts)), self.cfg.eval_batch):
-            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
-            tokens = encode_pairs(self.tokenizer, *texts, self.cfg, device)
-            with models.autocast(self.cfg, self.model):
-                scores += answer_scores(self.model, *tokens).tolist()
+        def work(rows):
+            tokens = encode_pairs(self.tokenizer, *zip(*rows), self.cfg, self.model.device)
+            return answer_scores(self.model, *tokens).tolist()
+
+        scores = sum(in_parts(work, list(zip(prompts, responses)), self.cfg, self.model), [])
         return [(score - self.mean) / self.std for score in scores]
 
 
@@ -550,6 +549,10 @@ class Rollout:
     def kl(self):
         """KL to the reference per answer, (B,)."""
         return kl_estimate(self.logprobs, self.ref_logprobs).sum(1)
+
+    def lengths(self):
+        """Tokens of each prompt and its answer."""
+        return (self.tokens[1].sum(1) + self.mask.sum(1)).tolist()
 
     def part(self, rows, device):
         """The rows of one minibatch, without the columns that only they do not need."""
@@ -687,7 +690,13 @@ class Optimiser(Sturdy):
         """
         if "scaler" in self.state:  # of fp16, as it was at the last step
             self.scaler.load_state_dict(self.state["scaler"])
-        stats = self.fit(lambda size: self.gradient(rows, loss_of, size), "micro_batch")
+
+        def work(_):
+            with models.autocast(self.cfg, self.models[0]):
+                size = self.update_size(rows, loss_of)
+            return self.gradient(rows, loss_of, size)
+
+        stats = self.fit(work, "micro_batch")
         ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
         scale = ramp * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
@@ -829,6 +838,7 @@ def train_actor(cfg):
             if held and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
                 metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
             yield stage.log(timed(metrics, start, rows=len(plan[step])))
+        del optimiser  # its moments
         stage.summary = {"loss": metrics.get("validation_loss", metrics["loss"])}
         models.save(model, tokenizer, stage.folder)
 
@@ -846,10 +856,9 @@ def sft_loss(model, tokenizer, cfg, rows):
     return -masked_mean(logprobs, tokens[3]), int(tokens[3].sum()), {}
 
 
-@torch.no_grad()
 def validation_loss(model, tokenizer, rows, cfg):
-    with models.eval_mode(model), models.autocast(cfg, model):
-        losses = [sft_loss(model, tokenizer, cfg, p)[:2] for p in chunks(rows, cfg.eval_batch)]
+    work = partial(sft_loss, model, tokenizer, cfg)
+    losses = [told[:2] for told in in_parts(work, rows, cfg, model, learning=[model])]
     return sum(loss.item() * count for loss, count in losses) / sum(n for _, n in losses)
 
 
@@ -873,12 +882,15 @@ def train_critic(cfg):
         )
         optimiser = Optimiser(cfg, rates, len(plans[0]), batch=cfg.critic_batch, say=stage.say)
         yield from stage.past
-        for step in stage.steps(len(plans[0]), optimiser):
+        metrics = stage.past[-1] if stage.past else {}
+        for step in stage.steps(len(plans[0]), optimiser, keep_last=True):  # the scale may fail
             start = time.perf_counter()
             batch = [[rows[i] for i in places] for places in zip(*(plan[step] for plan in plans))]
             metrics = {"step": step + 1, "steps": len(plans[0])}
             metrics |= optimiser.step(batch, loss_of, step)
-            yield stage.log(timed(metrics, start, rows=len(batch)))
+            metrics = stage.log(timed(metrics, start, rows=len(batch)))
+            yield metrics
+        del optimiser  # its moments make room for the actor
         stage.summary = {"accuracy": metrics["accuracy"]}
         for i, model in enumerate(members):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
@@ -918,20 +930,22 @@ def score_scale(model, cfg):
     tokenizer, actor = load_pair(cfg, "actor")
     rows = load_rows(cfg, "prompt")[: cfg.norm_prompts]
     prompts = [row["prompt"] for row in rows for _ in range(cfg.norm_answers)]
-    tokens = answer(actor, tokenizer, prompts, cfg, dice(cfg, "scale"))
-    with torch.no_grad(), models.eval_mode(model), models.autocast(cfg, model):
-        parts = [answer_scores(model, *part) for part in tokens]
-    groups = torch.cat(parts).view(-1, cfg.norm_answers)  # (prompts, answers)
+    score = partial(answer_scores, model)
+    with models.eval_mode(model):
+        parts = answer(actor, tokenizer, prompts, cfg, dice(cfg, "scale"), then=score)
+        groups = torch.cat(list(parts)).view(-1, cfg.norm_answers)  # (prompts, answers)
     return groups.mean().item(), max(groups.var(1).mean().sqrt().item(), 1e-3)
 
 
-def answer(model, tokenizer, prompts, cfg, generator, temperature=None):
-    """Answers to many prompts, `eval_batch` at a time: the tokens of each batch."""
-    for part in chunks(prompts, cfg.eval_batch):
+def answer(model, tokenizer, prompts, cfg, generator, temperature=None, then=lambda *t: t):
+    """Answers to many prompts, as many at once as fit: what `then` makes of each batch's tokens."""
+
+    def work(part):
         prompt = encode_prompts(tokenizer, part, cfg, model.device)
-        with models.autocast(cfg, model):
-            out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
-        yield *prompt, *out[:2]
+        out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
+        return then(*prompt, *out[:2])
+
+    yield from in_parts(work, prompts, cfg, model, generator)
 
 
 def value_model_of(cfg):
@@ -1032,6 +1046,7 @@ def weight_of(mask, unit):
 def improve(crew, optimiser, rollout, cfg, step, algorithm=ppo):
     """Several epochs over one rollout, in minibatches. Yields the stats of each update."""
     rows, updates, loss_of = len(rollout.prompts), 0, partial(algorithm, crew, rollout, cfg)
+    optimiser.length = rollout.lengths().__getitem__
     per_step = cfg.ppo_epochs * math.ceil(rows / cfg.minibatch)
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
@@ -1050,8 +1065,9 @@ def roll_out(crew, optimiser, prompts, cfg, step):
     batch, state = prompt_batch(cfg, prompts, step), optimiser.state
     given = {"kl_coef": state["kl_coef"], "running": state["running"]}
 
-    def work(size):
-        return collect(crew, batch, cfg, generator=dice(cfg, "rollout", step), size=size, **given)
+    def work(_):
+        size, luck = optimiser.rollout_size(), dice(cfg, "rollout", step)
+        return collect(crew, batch, cfg, generator=luck, size=size, **given)
 
     return optimiser.fit(work, "rollout_batch")
 
@@ -1118,9 +1134,8 @@ def from_pairs(crew, cfg, stage):
     rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
     note_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
     with torch.no_grad(), crew.as_reference() as model:  # once, not in every epoch
-        parts = [
-            pair_logprobs(model, crew.tokenizer, p, cfg)[:2] for p in chunks(rows, cfg.eval_batch)
-        ]
+        work = partial(pair_logprobs, model, crew.tokenizer, cfg=cfg)
+        parts = [told[:2] for told in in_parts(work, rows, cfg, model, say=stage.say)]
     reference = [torch.cat(column) for column in zip(*parts)]  # chosen and rejected, (N,) each
 
     def loss_of(index):
@@ -1135,6 +1150,7 @@ def from_pairs(crew, cfg, stage):
     plan = epochs(cfg, "dpo", len(rows), cfg.dpo_batch, cfg.dpo_epochs)
     rates, more = [(crew.policy, cfg.dpo_lr)], [crew.reference] if crew.reference else []
     optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.dpo_batch, frozen=more, say=stage.say)
+    optimiser.length = lambda i: trouble.text_length(rows[i])
     for step in stage.steps(len(plan), optimiser):
         start = time.perf_counter()
         metrics = {"step": step + 1, "steps": len(plan)} | optimiser.step(plan[step], loss_of, step)
@@ -1185,19 +1201,18 @@ def prompts_of(rows):
 
 
 @trouble.in_words
-@torch.no_grad()
 def evaluate(crew, rows, cfg, generator, *, temperature=None):
     """One answer of the policy to each row: text, judge's score, reward, KL, length, eos.
 
     The judge's score is None where a row does not say what would be right.
     """
     results, prompts = [], prompts_of(rows)
-    for tokens in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, temperature):
+
+    def judge(*tokens):
         how = {"temperature": cfg.temperature, "entropy": False}
-        with models.autocast(cfg, crew.policy):
-            ours = response_logprobs(crew.policy, *tokens, **how)[0]
-            with crew.as_reference() as reference:
-                theirs = response_logprobs(reference, *tokens, **how)[0]
+        ours = response_logprobs(crew.policy, *tokens, **how)[0]
+        with crew.as_reference() as reference:
+            theirs = response_logprobs(reference, *tokens, **how)[0]
         part = rows[len(results) : len(results) + len(tokens[0])]
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
@@ -1215,7 +1230,11 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
             result = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
             result |= dict(zip(columns, values))
             truth = (row, result["response"], result["eos"])
-            results.append(result | {"judge": world.judge(*truth) if world.knows(row) else None})
+            yield result | {"judge": world.judge(*truth) if world.knows(row) else None}
+
+    more = {"temperature": temperature, "then": lambda *tokens: list(judge(*tokens))}
+    for part in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, **more):
+        results += part
     return results
 
 
@@ -1231,16 +1250,14 @@ def best_of(crew, rows, cfg, generator):
 
 
 @trouble.in_words
-@torch.no_grad()
 def judge_critic(critic, tokenizer, rows, cfg):
     """The reward model on held-out pairs: both scores of each, and the kind."""
     rows, results = with_pairs(rows), []
     if not rows:
         raise CourseError("eval.json needs rows with chosen and rejected to measure the critic on.")
-    for part in chunks(rows, cfg.eval_batch):
-        with models.eval_mode(critic), models.autocast(cfg, critic):
-            columns = [scores.tolist() for scores in pair_scores(critic, tokenizer, part, cfg)]
-        for row, chosen, rejected in zip(part, *columns):
-            known = {"kind": row.get("kind", "all"), "flaw": row.get("flaw", "not said")}
-            results.append(known | {"chosen": chosen, "rejected": rejected})
+    work = partial(pair_scores, critic, tokenizer, cfg=cfg)
+    scores = map(torch.cat, zip(*in_parts(work, rows, cfg, critic)))
+    for row, chosen, rejected in zip(rows, *(column.tolist() for column in scores)):
+        known = {"kind": row.get("kind", "all"), "flaw": row.get("flaw", "not said")}
+        results.append(known | {"chosen": chosen, "rejected": rejected})
     return results

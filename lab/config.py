@@ -58,6 +58,9 @@ class Config(Settings):
     preference_share: float = knob(0.5, "all", "share whose pairs 2_critic learns from")
     prompt_share: float = knob(0.1, "all", "share whose prompts 3_rlhf answers")
     eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
+    memory: float = knob(
+        0.0, "all", "GB that a stage may take, weights included; 0: 60 % of what is free"
+    )
     validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
     weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW's weight decay")
     beta1: float = knob(0.9, "base actor critic rlhf", "AdamW's first moment decay")
@@ -73,7 +76,7 @@ class Config(Settings):
         2.0, "base actor critic rlhf", "minutes between two checkpoints; 0: one after every step"
     )
     micro_batch: int = knob(
-        0, "base actor critic rlhf", "rows at once in an update, which stays the same; 0: all"
+        0, "base actor critic rlhf", "rows at once in an update, which stays the same; 0: as fit"
     )
     cpu_fallback: bool = knob(
         False, "base actor critic rlhf", "GPU memory too small for one row: go on with the CPU"

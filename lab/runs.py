@@ -9,15 +9,13 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from lab import CourseError
+from lab import CourseError, memory
 from lab.data import reading
 from lab.hub import reason_of
 from lab.trouble import NOTEBOOKS, explained
@@ -170,16 +168,6 @@ def file_size(path):
     return path.stat().st_size if path.exists() else None
 
 
-def peak_memory_mb():
-    """The most memory this process has held, in MB."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def versions():
     names = ("torch", "transformers", "numpy")
     return {"python": platform.python_version()} | {
@@ -328,11 +316,12 @@ class Stage:
                         )
                     self.say(f"going on although {change} since step {note['step']}.")
 
-    def steps(self, total, optimiser):
+    def steps(self, total, optimiser, keep_last=False):
         """The numbers of the steps that are left; a checkpoint now and then, and on a stop.
 
         What survives: `optimiser.models`, `.adamw` and the dict `.state`, every random state, and
-        what was logged. All else has to follow from the number of the step.
+        what was logged. All else has to follow from the number of the step. `keep_last` is for a
+        stage that has work to do behind the last step, which may fail.
         """
         first = self.load(optimiser, total) if self.checkpoint else 0
         with Stop() as stop:
@@ -341,6 +330,8 @@ class Stage:
             for step in range(first, total):
                 yield step
                 if step + 1 == total:
+                    if keep_last:
+                        self.save(optimiser, total)
                     self.asked = stop.asked  # nothing is left to be stopped: the result is written
                     return
                 start = time.perf_counter()
@@ -393,7 +384,7 @@ class Stage:
     def log(self, metrics):
         """One step's metrics: kept as a line, handed on to whoever watches."""
         metrics = {name: rounded(value) for name, value in metrics.items()}
-        metrics["peak_memory_mb"] = round(peak_memory_mb())
+        metrics |= memory.peaks()
         self.append("metrics.jsonl", [metrics])
         return metrics
 
@@ -448,7 +439,7 @@ class Stage:
             "metrics": self.summary,
             "notes": self.notes,
             "seconds": round(time.perf_counter() - self.started, 2),
-            "peak_memory_mb": round(peak_memory_mb()),
+            **memory.peaks(),
             "files": {str(path.relative_to(self.folder)): file_size(path) for path in files},
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -464,6 +455,7 @@ class Stage:
 FREE = {  # a stopped run goes on whatever these say
     "root",  # a course may move
     "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
+    "memory",
 }  # fmt: skip
 
 

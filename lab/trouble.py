@@ -164,17 +164,63 @@ def in_pieces(work, state, name, say, leave=None):
             say("memory ran out with one row at a time: going on with the CPU.")
 
 
+def text_length(row):
+    """Characters of a row's texts, or of several rows side by side."""
+    if isinstance(row, (tuple, list, dict)):
+        return sum(map(text_length, row.values() if isinstance(row, dict) else row))
+    return len(row) if isinstance(row, str) else 0
+
+
 class Sturdy:
-    """What an optimiser does when a machine or a loss fails it.
+    """What an optimiser does so that a machine or a loss does not fail it.
 
     `state` holds the few numbers, besides weights and moments, that a stopped run needs again.
     """
 
+    length = staticmethod(text_length)  # how long a row is, to find the one that needs most memory
+
     def __init__(self, cfg, models, frozen, say):
         memory.keep()  # every step asks for the same blocks again
         self.cfg, self.models, self.frozen, self.say = cfg, models, frozen, say
-        self.sizes = {"rollout_batch": cfg.rollout}
+        self.sizes = {"rollout_batch": cfg.rollout, "longest": -1}
         self.state = {"skipped": 0, "in_a_row": 0}
+
+    def room(self):
+        """Bytes for one piece, found once: a run that was stopped goes on with the same."""
+        device = next(self.models[0].parameters()).device
+        asked = [self.cfg.memory, self.cfg.micro_batch, str(device)]
+        if self.state.get("asked") != asked:
+            models = (*self.models, *self.frozen)
+            found = {"asked": asked, "room": memory.room(self.cfg.memory, models, self.models)}
+            self.state |= self.sizes | found
+        return self.state["room"]
+
+    def update_size(self, rows, loss_of):
+        """How many rows of an update go at once so that it stays within its memory.
+
+        The longest row tells, and again each longer one that comes along.
+        """
+        room, lengths = self.room(), [self.length(row) for row in rows]
+        longest = max(lengths)
+        if not self.cfg.micro_batch and longest > self.state["longest"]:
+            i, before = lengths.index(longest), self.state["micro_batch"]
+            found = memory.of_update(lambda: loss_of(rows[i : i + 1]), self.models)
+            size = memory.at_once(before, found[1], room - found[0])
+            self.state |= {"longest": longest, "micro_batch": size}
+            if size < before:
+                self.say(f"updates take {size} rows at once, so that they fit into memory.")
+            if self.cfg.memory and sum(found) > room:
+                limit = self.cfg.memory
+                need = f"{limit + (sum(found) - room) / 1e9:.1f} GB"
+                self.say(f"memory = {limit:g} is too little: with one row at a time it is {need}.")
+        return self.state["micro_batch"]
+
+    def rollout_size(self):
+        """The same for answers, which need no gradient."""
+        room = self.room()
+        row = memory.of_reading(self.models[0], self.cfg.max_prompt + self.cfg.max_new_tokens)
+        self.state["rollout_batch"] = memory.at_once(self.state["rollout_batch"], row, room)
+        return self.state["rollout_batch"]
 
     def fit(self, work, name):
         """work(size) with as many rows at once as memory holds, on the CPU if it comes to that."""

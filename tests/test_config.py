@@ -258,6 +258,7 @@ TABLE = {  # field: another value, where to look, what else is set
     "preference_share": (0.1, rows_of("preference"), {}),
     "prompt_share": (0.2, rows_of("prompt"), {}),
     "eval_batch": (3, pieces, {}),
+    "memory": (0.6, cut, {}),
     "validation_rows": (4, ACTOR, {}),
     "weight_decay": (0.5, updates, {}),
     "beta1": (0.5, updates, {}),

@@ -120,7 +120,7 @@ class Course:
 
         def spoilt(model, *args):
             loss, *rest = whole(model, *args)
-            count.extend([1] * model.training)
+            count.extend([1] * (model.training and len(args[-1]) > 1))  # one row is measured first
             bad = model.training and len(count) in calls
             return loss * (float("nan") if bad else 1), *rest
 

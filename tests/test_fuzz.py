@@ -14,7 +14,7 @@ from collections import Counter
 
 from lab import CourseError, world
 from lab.data import read_rows
-from lab.runs import peak_memory_mb
+from lab.memory import peak_of_process
 
 FUZZ = int(os.environ.get("FUZZ", 1_500))
 SECONDS = 3  # for one input, on any machine; most take less than a thousandth of it
@@ -136,7 +136,7 @@ def read_one(path, needs):
 
 
 def test_any_file_is_read_or_refused_with_its_name(tmp_path):
-    path, tally, worst, before = tmp_path / "rows.json", Counter(), (0, 0), peak_memory_mb()
+    path, tally, worst, before = tmp_path / "rows.json", Counter(), (0, 0), peak_of_process()
     for index in range(FUZZ):
         data, needs = reader_input(index)
         path.write_bytes(data)
@@ -148,7 +148,7 @@ def test_any_file_is_read_or_refused_with_its_name(tmp_path):
         worst = max(worst, (time.perf_counter() - start, index))
     print(f"\nreader: {FUZZ} inputs, worst {worst[0]:.3f} s (input {worst[1]}), {dict(tally)}")
     assert worst[0] < SECONDS, f"input {worst[1]}"
-    assert peak_memory_mb() - before < 100
+    assert peak_of_process() - before < 100
     assert 0.1 < tally["read"] / FUZZ < 0.9 and len(tally) > 12, "the inputs are too much alike"
 
 
@@ -257,7 +257,7 @@ def test_any_answer_is_judged_and_leaves_nothing_behind(tmp_path, monkeypatch):
         sqlite3, "connect", lambda path: opened.append(path) or connect(path, factory=Counted)
     )
     monkeypatch.chdir(tmp_path)
-    tally, worst, before = Counter(), (0, 0), peak_memory_mb()
+    tally, worst, before = Counter(), (0, 0), peak_of_process()
     for index in range(FUZZ):
         row, answer, ended = judge_input(index)
         start = time.perf_counter()
@@ -272,5 +272,5 @@ def test_any_answer_is_judged_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert worst[0] < SECONDS, f"input {worst[1]}"
     assert len(opened) == len(closed) > FUZZ and set(opened) == {":memory:"}
     assert not list(tmp_path.iterdir())
-    assert peak_memory_mb() - before < 100
+    assert peak_of_process() - before < 100
     assert 0.1 < tally["rows"] / FUZZ < 0.9 and tally["worth 1"], "the inputs are too much alike"

@@ -1,11 +1,16 @@
-"""Freed memory stays with the process, until it is asked to give it back."""
+"""Freed memory stays with the process; pieces are as large as memory allows."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from lab import memory, notebook
+import util
+from lab import CourseError, memory, notebook
+from lab.runs import Stage
 from lab.trouble import Sturdy
 from util import Config
 
@@ -71,3 +76,232 @@ def test_who_trains_keeps_and_a_notebook_that_has_trained_gives_back(monkeypatch
 
     notebook.watch(steps(), {}, "training")
     assert calls == ["keep", "trained", "give back"]
+
+
+# ------------------------------------------------------------------------------------- in pieces
+
+ROWS = [
+    {"prompt": f"Human: {question} Assistant:", "response": answer, "chosen": "yes", "rejected": ""}
+    for question, answer in (
+        ("Who?", "me"), ("What is a farm?", "a place"), ("How old is it?", "three years old"),
+        ("Where is the boat, and who owns it?", "I do not know"), ("Why?", "because"),
+        ("Tell me all.", "all of it is far too long"), ("And now?", "no"), ("x", "y"),
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def actor(tokenizer, make_model):
+    """(model, cfg, its loss, numbers of rows that the loss was asked for)"""
+    model, seen = make_model("llama", len(tokenizer), initializer_range=0.05), []
+    cfg = Config("smoke", device="cpu", max_prompt=30, max_new_tokens=8)
+
+    def loss_of(rows):
+        seen.append(len(rows))
+        return util.sft_loss(model, tokenizer, cfg, rows)
+
+    return model, cfg, loss_of, seen
+
+
+def kept_of(model, loss_of, rows):
+    """Bytes that torch keeps for the backward pass of these rows."""
+    blocks, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(x):
+        blocks[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        told = loss_of(rows)
+    del told
+    return sum(size for where, size in blocks.items() if where not in own)
+
+
+def limit_for(room, model):
+    """`memory` that leaves so many bytes beside weights, gradients and moments."""
+    weights = sum(p.nbytes for p in model.parameters())
+    return (memory.OVERHEAD + 4 * weights + room) / 1e9
+
+
+def optimiser_of(model, cfg, say=print):
+    return util.Optimiser(cfg, [(model, 1e-3)], 10, batch=8, say=say)
+
+
+def test_an_update_takes_as_many_rows_at_once_as_memory_allows(actor):
+    model, cfg, loss_of, seen = actor
+    optimiser_of(model, cfg).gradient(ROWS, loss_of, 8)
+    expected = [p.grad.clone() for p in model.parameters()]
+    most = kept_of(model, loss_of, ROWS)
+    sizes = {}
+    for share in (4, 0.9, 0.5, 0.01):
+        said = []
+        given = cfg.changed(memory=limit_for(most * share, model))
+        limited = optimiser_of(model, given, said.append)
+        seen.clear()
+        sizes[share] = limited.update_size(ROWS, loss_of)
+        assert seen == [1], "one row is enough to know"
+        limited.gradient(ROWS, loss_of, sizes[share])
+        pieces = [kept_of(model, loss_of, part) for part in util.chunks(ROWS, sizes[share])]
+        assert max(pieces) <= most * share or sizes[share] == 1
+        for parameter, one in zip(model.parameters(), expected):
+            assert torch.allclose(parameter.grad, one, rtol=1e-4, atol=1e-6)
+        assert ("too little" in " ".join(said)) == (share == 0.01)
+    assert sizes[4] == 8 > sizes[0.9] > sizes[0.5] >= sizes[0.01] == 1
+
+
+def test_measuring_leaves_no_trace(actor):
+    model, cfg, loss_of, _ = actor
+    luck = torch.get_rng_state()
+
+    def dropping(rows):
+        loss, *more = loss_of(rows)
+        return loss * torch.nn.functional.dropout(torch.ones(())), *more
+
+    optimiser_of(model, cfg).update_size(ROWS, dropping)
+    assert torch.equal(torch.get_rng_state(), luck)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_longer_row_is_measured_when_it_comes(actor):
+    model, cfg, loss_of, seen = actor
+    room = 6 * kept_of(model, loss_of, ROWS[5:6])
+    optimiser = optimiser_of(model, cfg.changed(memory=limit_for(room, model)))
+    short, long = ROWS[-1:] * 8, [ROWS[5]] * 8
+    first = optimiser.update_size(short, loss_of)
+    seen.clear()
+    assert optimiser.update_size(short, loss_of) == first and not seen
+    later = optimiser.update_size(long, loss_of)
+    assert seen == [1] and later < first
+    assert optimiser.update_size(short, loss_of) == later, "a run does not forget"
+
+
+def test_micro_batch_is_what_was_given(actor):
+    model, cfg, loss_of, seen = actor
+    optimiser_of(model, cfg.changed(micro_batch=3, memory=0.1)).step(ROWS, loss_of, 0)
+    assert seen == [3, 3, 2]
+
+
+def test_on_a_cpu_a_piece_is_no_larger_than_keeps_it_busy(actor, monkeypatch):
+    model, cfg, loss_of, _ = actor
+    assert optimiser_of(model, cfg).update_size(ROWS, loss_of) == 8
+    cores = max(2, torch.get_num_threads())
+    monkeypatch.setattr(memory, "BUSY", kept_of(model, loss_of, ROWS) / 2 / cores)
+    assert optimiser_of(model, cfg).update_size(ROWS, loss_of) < 8
+
+
+def test_what_is_free_bounds_an_update_where_no_limit_is_given(actor, monkeypatch):
+    model, cfg, loss_of, _ = actor
+    coming = 3 * sum(p.nbytes for p in model.parameters())  # gradients and moments
+    half = kept_of(model, loss_of, ROWS) / 2
+    monkeypatch.setattr(memory, "free", lambda device: (coming + half) / 0.6)
+    assert optimiser_of(model, cfg).update_size(ROWS, loss_of) < 8
+
+
+def test_copies_in_half_precision_count_once(actor):
+    model, cfg, loss_of, _ = actor
+    with torch.autocast("cpu", torch.bfloat16):
+        once, row = memory.of_update(lambda: loss_of(ROWS[:1]), [model])
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert 0.5 * matrices <= once <= 2.2 * matrices
+    assert memory.of_update(lambda: loss_of(ROWS[:1]), [model])[0] < 0.1 * once
+    assert row > 0
+
+
+def test_answers_and_scores_too_go_as_many_at_once_as_fit(text_model, tokenizer):
+    cfg = Config("smoke", device="cpu", max_prompt=30, max_new_tokens=8, eval_batch=8)
+    row = memory.of_reading(text_model, 38)
+    weights = sum(p.nbytes for p in text_model.parameters())
+    limit = (memory.OVERHEAD + weights + 3 * row) / 1e9
+    texts, sizes = [], []
+    for given in (0.0, limit):
+        cfg, luck = cfg.changed(memory=given), util.dice(cfg, "test")
+        prompts = [row["prompt"] for row in ROWS]
+        parts = list(util.answer(text_model, tokenizer, prompts, cfg, luck))
+        sizes.append([len(part[0]) for part in parts])
+        texts.append([text for part in parts for text in util.decode(tokenizer, *part[2:])])
+    assert sizes == [[8], [2, 2, 2, 2]]
+    assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------------------------------ whole stages
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory, root):
+    """A folder with base and actor."""
+    folder = tmp_path_factory.mktemp("course")
+    (folder / "dataset").symlink_to(root / "dataset")
+    for train in (util.train_base, util.train_actor):
+        list(train(Config("smoke", root=str(folder))))
+    return folder
+
+
+@pytest.fixture
+def begin(course, tmp_path):
+    def make(name):
+        shutil.copytree(course, tmp_path / name, symlinks=True)
+        return tmp_path / name
+
+    return make
+
+
+def result(folder, stage):
+    """Weights, and metrics but for the clock."""
+    model = folder / "model" / stage
+    rows = map(json.loads, (model / "metrics.jsonl").read_text().splitlines())
+    figures = [
+        {k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows
+    ]
+    return (model / "model.safetensors").read_bytes(), figures
+
+
+def test_a_run_with_little_memory_goes_on_with_the_same_bits(begin, monkeypatch):
+    asked, sizes = dict(memory=0.6, actor_batch=8, checkpoint_every=2), []
+    whole = util.Optimiser.gradient
+
+    def gradient(self, rows, loss_of, size):
+        sizes.append(size)
+        return whole(self, rows, loss_of, size)
+
+    monkeypatch.setattr(util.Optimiser, "gradient", gradient)
+    one, other = begin("one"), begin("other")
+    list(util.train_actor(Config("smoke", root=str(one), **asked)))
+    assert set(sizes) == {1}
+    run = util.train_actor(Config("smoke", root=str(other), **asked))
+    for _ in range(3):
+        next(run)
+    run.close()
+    list(util.train_actor(Config("smoke", root=str(other), **asked)))
+    assert result(one, "actor") == result(other, "actor")
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_a_critic_whose_scale_fails_is_not_trained_again(begin, ensemble, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    one, other = begin("one"), begin("other")
+    given = dict(ensemble=ensemble, norm_prompts=2)
+    list(util.train_critic(Config("smoke", root=str(one), **given)))
+    cfg = Config("smoke", root=str(other), **given)
+    with monkeypatch.context() as patch:
+        patch.setattr(util, "generate", no_memory)
+        with pytest.raises(CourseError, match="model/critic was not written. Memory ran out"):
+            list(util.train_critic(cfg))
+    steps = []
+    monkeypatch.setattr(util.Optimiser, "step", lambda *_: steps.append(1))
+    history = list(util.train_critic(cfg))
+    assert not steps and [row["step"] for row in history] == list(range(1, len(history) + 1))
+    assert result(one, "critic") == result(other, "critic")
+    records = [json.loads((f / "model/critic/stage.json").read_text()) for f in (one, other)]
+    assert records[0]["metrics"] == records[1]["metrics"]
+
+
+def test_metrics_know_the_memory_of_a_gpu_and_none_without(tmp_path, monkeypatch):
+    with Stage(tmp_path, "base", {}) as stage:
+        assert "peak_device_mb" not in stage.log({"step": 1})
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda i=0: (i + 1) * 2**30)
+        metrics = stage.log({"step": 2})
+        assert metrics["peak_device_mb"] == 2048 and metrics["peak_memory_mb"] > 1
