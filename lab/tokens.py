@@ -1,0 +1,205 @@
+"""Texts as token ids: what people write stays text, only a chat template makes turns and ends.
+
+A tokenizer takes "</s>" in a text for its eos, whoever wrote it. So the control tokens have secret
+names here, which the words of the template get and the words of people do not.
+"""
+
+import json
+import re
+import secrets
+from bisect import bisect_left
+from functools import lru_cache
+from weakref import WeakKeyDictionary, proxy
+
+from tokenizers import Tokenizer
+
+from lab import CourseError
+from lab.data import turns
+from lab.hub import reason_of
+
+SECRET = secrets.token_hex(8)
+# What a tokenizer without a chat template gets: the course's own frame.
+FRAME = (
+    "{% for m in messages %}{{ '' if loop.first else ' ' }}"
+    "{{ 'Human: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
+)
+ENCODERS = WeakKeyDictionary()
+
+
+def encoder(tokenizer):
+    """The `Encoder` of a tokenizer, made once."""
+    state = str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer)
+    known = ENCODERS.get(tokenizer)
+    if known is None or known.state != state:
+        known = ENCODERS[tokenizer] = Encoder(tokenizer, state)
+    return known
+
+
+def stops_of(model, tokenizer):
+    """The ids that end an answer: those the model was made with, and those of its tokenizer."""
+    ids = []
+    for part in (getattr(model, "generation_config", None), model.config):
+        known = getattr(part, "eos_token_id", None)
+        ids += known if isinstance(known, list | tuple) else [known]
+    ids += [tokenizer.eos_token_id, encoder(tokenizer).end]
+    return [one for one in dict.fromkeys(ids) if one is not None]
+
+
+def own_frame(tokenizer):
+    """Whether dialogues look like "Human: ... Assistant: ...", as the data has them."""
+    return tokenizer.chat_template in (None, FRAME)
+
+
+def in_template(tokenizer, messages, answer_follows=True):
+    """The dialogue as its tokenizer's chat template frames it, up to where the answer begins.
+
+    A template is a program of strangers: it runs in a sandbox, which fails where it wants more.
+    """
+    how = {"tokenize": False, "add_generation_prompt": answer_follows}
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except Exception as error:  # a template may raise whatever it likes
+        what = f"The chat template in {tokenizer.name_or_path} fails ({reason_of(error)})"
+        raise CourseError(f"{what}: mend it, or delete it to get the course's frame.") from None
+
+
+class Encoder:
+    """Turns prompts and answers into ids as one tokenizer and its chat template want them."""
+
+    def __init__(self, tokenizer, state):
+        self.tokenizer, self.state = proxy(tokenizer), state
+        self.own_frame = own_frame(tokenizer)
+        opened, whole = self.example()
+        self.controls = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        for i, token in tokenizer.added_tokens_decoder.items():
+            # Some tokenizers do not mark as special what their template writes to open a turn.
+            written = token.content.strip() and token.content in opened + whole
+            if token.special or written:
+                self.controls[token.content] = i
+        self.control_ids = set(self.controls.values())
+        self.find_control = any_of(self.controls)
+        self.names = {text: f"<{SECRET}c{i}>" for text, i in self.controls.items()}
+        self.hidden = {text: f"{SECRET}h{i}h" for text, i in self.controls.items()}
+        self.shown = {name: text for text, name in self.hidden.items()}
+        self.find_hidden = any_of(self.shown)
+        self.inside = None
+        if tokenizer.is_fast:
+            self.inside = renamed(tokenizer.backend_tokenizer.to_str(), tuple(self.names.items()))
+        else:  # its names are fixed: a space keeps what people write from being one
+            self.names = {text: text for text in self.controls}
+            self.shown = {name: f"{text[0]} {text[1:]}" for name, text in self.shown.items()}
+        how = {"return_special_tokens_mask": True}
+        mask = tokenizer("a", **how)["special_tokens_mask"]  # like 1 0 0 1
+        self.front, self.back = mask.index(0), mask[::-1].index(0)
+        self.before, self.after, self.end = self.around_answer(opened, whole)
+
+    def example(self):
+        """A question in its template, up to where the answer begins; and with an answer."""
+        if self.own_frame:
+            return "", ""
+        turn = [{"role": who, "content": SECRET} for who in ("user", "assistant")]
+        opened = in_template(self.tokenizer, turn[:1])
+        try:
+            return opened, in_template(self.tokenizer, turn, answer_follows=False)
+        except CourseError:  # it does not know answers
+            return opened, ""
+
+    def around_answer(self, opened, whole):
+        """The space before an answer, the space behind it, and the token that ends it."""
+        if self.own_frame:
+            return " ", "", self.tokenizer.eos_token_id
+        start, _, stop = whole.rpartition(SECRET)
+        before = start.removeprefix(opened) if start.startswith(opened) else ""
+        after = stop[: len(stop) - len(stop.lstrip())]
+        if found := self.find_control.match(stop, len(after)):
+            return before if before.isspace() else "", after, self.controls[found[0]]
+        return before if before.isspace() else "", "", self.tokenizer.eos_token_id
+
+    def ids(self, texts, special=False):
+        """Ids of texts whose control tokens have their secret names."""
+        if self.inside is None:
+            return self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        return [one.ids for one in self.inside.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def hide(self, text):
+        return self.find_control.sub(lambda found: self.hidden[found[0]], text)
+
+    def show(self, text):
+        return self.find_hidden.sub(lambda found: self.shown[found[0]], text)
+
+    def framed(self, messages):
+        """The dialogue in its template, whose control tokens alone get their secret names."""
+        safe = [turn | {"content": self.hide(turn["content"])} for turn in messages]
+        text = in_template(self.tokenizer, safe)
+        return self.show(self.find_control.sub(lambda found: self.names[found[0]], text))
+
+    def prompts(self, prompts, limit):
+        """Ids of prompts in their frame; those that are too long lose what is oldest."""
+        if self.own_frame:
+            rows = self.ids([self.show(self.hide(prompt)) for prompt in prompts], special=True)
+            return [cut(row[: len(row) - self.back], self.front, limit) for row in rows]
+        dialogues = [turns(prompt) for prompt in prompts]
+        rows = self.ids([self.framed(messages) for messages in dialogues])
+        return [
+            row if len(row) <= limit else self.shortened(messages, limit)
+            for row, messages in zip(rows, dialogues)
+        ]
+
+    def shortened(self, messages, limit):
+        """Ids of a dialogue without its oldest turns, and then without the front of a text.
+
+        What the system says and what the template writes stay, if there is room for them.
+        """
+
+        def ids(start=0):
+            kept = [rest[0] | {"content": rest[0]["content"][start:].lstrip()}, *rest[1:]]
+            return self.ids([self.framed(system + kept)])[0]
+
+        first = int(messages[0]["role"] == "system" and len(messages) > 1)
+        system, rest = messages[:first], messages[first:]
+        while len(ids()) > limit and (later := [m["role"] for m in rest[1:]]).count("user"):
+            rest = rest[1 + later.index("user") :]
+        length = len(rest[0]["content"])
+        start = bisect_left(range(length), True, key=lambda start: len(ids(start)) <= limit)
+        row = ids(start)
+        return cut(row, int(row[:1] == [self.tokenizer.bos_token_id]), limit)
+
+    def answers(self, answers, limit):
+        """Ids of answers, their end included; those that are too long lose their last words."""
+        texts = [self.before + answer.strip() + self.after for answer in answers]
+        rows = self.ids([self.show(self.hide(text)) for text in texts])
+        return [(row if len(row) < limit else row[: limit - 1]) + [self.end] for row in rows]
+
+
+def any_of(words):
+    """A pattern that finds any of the words, the longer ones first."""
+    ordered = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+
+
+def cut(ids, front, limit):
+    """The last ids, behind the first ones if there is room for both."""
+    if len(ids) <= limit:
+        return ids
+    front = front if front < limit else 0
+    return ids[:front] + ids[len(ids) - limit + front :]
+
+
+@lru_cache(maxsize=4)
+def renamed(serialised, names):
+    """A fast tokenizer that gives the same ids, and knows its control tokens by other names."""
+    inside, names = json.loads(serialised), dict(names)
+    inside["truncation"] = inside["padding"] = None
+    for token in inside["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = inside["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    return Tokenizer.from_str(json.dumps(inside))
