@@ -70,7 +70,7 @@ class Encoder:
     def __init__(self, tokenizer, state):
         self.tokenizer, self.state = proxy(tokenizer), state
         self.own_frame = own_frame(tokenizer)
-        opened, whole = self.example()
+        opened, whole = ("Assistant:", "") if self.own_frame else example(tokenizer)
         self.controls = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         for i, token in tokenizer.added_tokens_decoder.items():
             # Some tokenizers do not mark as special what their template writes to open a turn.
@@ -89,32 +89,24 @@ class Encoder:
         else:  # its names are fixed: a space keeps what people write from being one
             self.names = {text: text for text in self.controls}
             self.shown = {name: f"{text[0]} {text[1:]}" for name, text in self.shown.items()}
-        how = {"return_special_tokens_mask": True}
-        mask = tokenizer("a", **how)["special_tokens_mask"]  # like 1 0 0 1
-        self.front, self.back = mask.index(0), mask[::-1].index(0)
-        self.before, self.after, self.end = self.around_answer(opened, whole)
+        mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        self.front, self.back = mask.index(0), mask[::-1].index(0)  # 1 and 1, if it is 1 0 1
+        self.around_answers(opened, whole)
 
-    def example(self):
-        """A question in its template, up to where the answer begins; and with an answer."""
+    def around_answers(self, opened, whole):
+        """Sets what stands before an answer, the spaces around it, and the token that ends it."""
+        last = max((found.start() for found in self.find_control.finditer(opened)), default=0)
+        self.opening = self.named(opened[last:])
+        self.before, self.after, self.end = "", "", self.tokenizer.eos_token_id
         if self.own_frame:
-            return "", ""
-        turn = [{"role": who, "content": SECRET} for who in ("user", "assistant")]
-        opened = in_template(self.tokenizer, turn[:1])
-        try:
-            return opened, in_template(self.tokenizer, turn, answer_follows=False)
-        except CourseError:  # it does not know answers
-            return opened, ""
-
-    def around_answer(self, opened, whole):
-        """The space before an answer, the space behind it, and the token that ends it."""
-        if self.own_frame:
-            return " ", "", self.tokenizer.eos_token_id
-        start, _, stop = whole.rpartition(SECRET)
-        before = start.removeprefix(opened) if start.startswith(opened) else ""
-        after = stop[: len(stop) - len(stop.lstrip())]
-        if found := self.find_control.match(stop, len(after)):
-            return before if before.isspace() else "", after, self.controls[found[0]]
-        return before if before.isspace() else "", "", self.tokenizer.eos_token_id
+            self.before = " "
+        else:
+            start, _, rest = whole.rpartition(SECRET)
+            if start.startswith(opened) and start[len(opened) :].isspace():
+                self.before = start[len(opened) :]
+            space = rest[: len(rest) - len(rest.lstrip())]
+            if found := self.find_control.match(rest, len(space)):
+                self.after, self.end = space, self.controls[found[0]]
 
     def ids(self, texts, special=False):
         """Ids of texts whose control tokens have their secret names."""
@@ -123,16 +115,21 @@ class Encoder:
         return [one.ids for one in self.inside.encode_batch_fast(texts, add_special_tokens=special)]
 
     def hide(self, text):
+        """A text of people without words that look like control tokens: `show` brings them back."""
         return self.find_control.sub(lambda found: self.hidden[found[0]], text)
 
     def show(self, text):
+        """Here they look like control, and are none: a control token has another name."""
         return self.find_hidden.sub(lambda found: self.shown[found[0]], text)
 
+    def named(self, text):
+        """A text of the template, its control tokens under their secret names."""
+        return self.find_control.sub(lambda found: self.names[found[0]], text)
+
     def framed(self, messages):
-        """The dialogue in its template, whose control tokens alone get their secret names."""
+        """The dialogue in its template, which alone writes control tokens."""
         safe = [turn | {"content": self.hide(turn["content"])} for turn in messages]
-        text = in_template(self.tokenizer, safe)
-        return self.show(self.find_control.sub(lambda found: self.names[found[0]], text))
+        return self.show(self.named(in_template(self.tokenizer, safe)))
 
     def prompts(self, prompts, limit):
         """Ids of prompts in their frame; those that are too long lose what is oldest."""
@@ -166,10 +163,29 @@ class Encoder:
         return cut(row, int(row[:1] == [self.tokenizer.bos_token_id]), limit)
 
     def answers(self, answers, limit):
-        """Ids of answers, their end included; those that are too long lose their last words."""
-        texts = [self.before + answer.strip() + self.after for answer in answers]
-        rows = self.ids([self.show(self.hide(text)) for text in texts])
-        return [(row if len(row) < limit else row[: limit - 1]) + [self.end] for row in rows]
+        """Ids of answers, their end included; those that are too long lose their last words.
+
+        Some tokenizers begin a text as they begin no word inside one: so the answer is read behind
+        the words that stand before it.
+        """
+        texts = [self.show(self.hide(answer.strip())) for answer in answers]
+        texts = [self.before + text + self.after for text in texts]
+        front, *rows = self.ids([self.opening, *(self.opening + text for text in texts)])
+        for i, row in enumerate(rows):
+            whole = row[: len(front)] == front
+            row = row[len(front) :] if whole else self.ids(texts[i : i + 1])[0]
+            rows[i] = (row if len(row) < limit else row[: limit - 1]) + [self.end]
+        return rows
+
+
+def example(tokenizer):
+    """A question in its template, up to where the answer begins; and with an answer."""
+    messages = [{"role": who, "content": SECRET} for who in ("user", "assistant")]
+    opened = in_template(tokenizer, messages[:1])
+    try:
+        return opened, in_template(tokenizer, messages, answer_follows=False)
+    except CourseError:  # it knows questions only
+        return opened, ""
 
 
 def any_of(words):
@@ -202,4 +218,4 @@ def renamed(serialised, names):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
-    return Tokenizer.from_str(json.dumps(inside))
+    return Tokenizer.from_str(json.dumps(inside, ensure_ascii=False))
