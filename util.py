@@ -49,17 +49,13 @@ from lab.trouble import Sturdy, alerts, note_texts
 def encode_prompt(tokenizer, prompt, limit):
     """Token ids of a prompt, in the frame that its tokenizer is used to.
 
-    That is "Human: ... Assistant:", or what a chat template makes of it. A prompt that is too long
-    loses its front, but never its bos: the question's end and "Assistant:" stay.
+    One that is too long loses its front; its bos, the question's end and "Assistant:" stay.
     """
     return encoder(tokenizer).prompts([prompt], limit)[0]
 
 
 def encode_answer(tokenizer, answer, limit):
-    """Token ids of an answer, its end included: a model learns to stop only where it sees a stop.
-
-    The end is what the chat template writes behind an answer; without a template it is eos.
-    """
+    """Token ids of an answer and its end: a model learns to stop only where it sees a stop."""
     return encoder(tokenizer).answers([answer], limit)[0]
 
 
@@ -91,10 +87,8 @@ def encode_pairs(tokenizer, prompts, answers, cfg, device):
 
 
 def decode(tokenizer, ids, mask):
-    """The answers as text, without eos and padding; "</s>" in a text is no eos, and stays."""
-    control, rows = encoder(tokenizer).control_ids, [row[real] for row, real in zip(ids, mask)]
-    words = [[one for one in row.tolist() if one not in control] for row in rows]
-    return [tokenizer.decode(row).strip() for row in words]
+    """The answers as text, without eos and padding; "</s>" that is written in letters stays."""
+    return encoder(tokenizer).texts(row[real].tolist() for row, real in zip(ids, mask))
 
 
 def ended(response_ids, response_mask, eos_token_id):

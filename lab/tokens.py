@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 from bisect import bisect_left
-from functools import lru_cache
+from functools import cache, lru_cache
 from weakref import WeakKeyDictionary, proxy
 
 from tokenizers import Tokenizer
@@ -17,22 +17,32 @@ from lab import CourseError
 from lab.data import turns
 from lab.hub import reason_of
 
-SECRET = secrets.token_hex(8)
 # What a tokenizer without a chat template gets: the course's own frame.
 FRAME = (
     "{% for m in messages %}{{ '' if loop.first else ' ' }}"
     "{{ 'Human: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
 )
-ENCODERS = WeakKeyDictionary()
+
+
+@cache
+def encoders():
+    """{tokenizer: its encoder}, for as long as the tokenizer lives."""
+    return WeakKeyDictionary()
+
+
+@cache
+def secret():
+    """A word that nobody can know before this program runs."""
+    return secrets.token_hex(8)
 
 
 def encoder(tokenizer):
     """The `Encoder` of a tokenizer, made once."""
     state = str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer)
-    known = ENCODERS.get(tokenizer)
+    known = encoders().get(tokenizer)
     if known is None or known.state != state:
-        known = ENCODERS[tokenizer] = Encoder(tokenizer, state)
+        known = encoders()[tokenizer] = Encoder(tokenizer, state)
     return known
 
 
@@ -79,8 +89,8 @@ class Encoder:
                 self.controls[token.content] = i
         self.control_ids = set(self.controls.values())
         self.find_control = any_of(self.controls)
-        self.names = {text: f"<{SECRET}c{i}>" for text, i in self.controls.items()}
-        self.hidden = {text: f"{SECRET}h{i}h" for text, i in self.controls.items()}
+        self.names = {text: f"<{secret()}c{i}>" for text, i in self.controls.items()}
+        self.hidden = {text: f"{secret()}h{i}h" for text, i in self.controls.items()}
         self.shown = {name: text for text, name in self.hidden.items()}
         self.find_hidden = any_of(self.shown)
         self.inside = None
@@ -101,7 +111,7 @@ class Encoder:
         if self.own_frame:
             self.before = " "
         else:
-            start, _, rest = whole.rpartition(SECRET)
+            start, _, rest = whole.rpartition(secret())
             if start.startswith(opened) and start[len(opened) :].isspace():
                 self.before = start[len(opened) :]
             space = rest[: len(rest) - len(rest.lstrip())]
@@ -177,10 +187,15 @@ class Encoder:
             rows[i] = (row if len(row) < limit else row[: limit - 1]) + [self.end]
         return rows
 
+    def texts(self, rows):
+        """What stands in rows of ids, without control tokens."""
+        kept = [[one for one in row if one not in self.control_ids] for row in rows]
+        return [self.tokenizer.decode(row).strip() for row in kept]
+
 
 def example(tokenizer):
     """A question in its template, up to where the answer begins; and with an answer."""
-    messages = [{"role": who, "content": SECRET} for who in ("user", "assistant")]
+    messages = [{"role": who, "content": secret()} for who in ("user", "assistant")]
     opened = in_template(tokenizer, messages[:1])
     try:
         return opened, in_template(tokenizer, messages, answer_follows=False)
