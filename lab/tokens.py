@@ -159,17 +159,25 @@ class Encoder:
         What the system says and what the template writes stay, if there is room for them.
         """
 
-        def ids(start=0):
-            kept = [rest[0] | {"content": rest[0]["content"][start:].lstrip()}, *rest[1:]]
-            return self.ids([self.framed(system + kept)])[0]
-
         first = int(messages[0]["role"] == "system" and len(messages) > 1)
         system, rest = messages[:first], messages[first:]
-        while len(ids()) > limit and (later := [m["role"] for m in rest[1:]]).count("user"):
-            rest = rest[1 + later.index("user") :]
-        length = len(rest[0]["content"])
-        start = bisect_left(range(length), True, key=lambda start: len(ids(start)) <= limit)
-        row = ids(start)
+
+        def without(turns, letters=0):
+            said, *later = rest[turns:]
+            said = said | {"content": said["content"][letters:].lstrip()}
+            return self.ids([self.framed([*system, said, *later])])[0]
+
+        users = [0] + [i for i, turn in enumerate(rest) if i and turn["role"] == "user"]
+        turns = users[bisect_left(users[:-1], True, key=lambda turns: len(without(turns)) <= limit)]
+        length, kept = len(rest[turns]["content"]), limit
+
+        def fits(letters):
+            return len(without(turns, letters)) <= limit
+
+        while kept < length and fits(length - kept):  # a text may be a thousand times too long
+            kept *= 2
+        letters = bisect_left(range(length), True, lo=max(0, length - kept), key=fits)
+        row = without(turns, letters)
         return cut(row, int(row[:1] == [self.tokenizer.bos_token_id]), limit)
 
     def answers(self, answers, limit):

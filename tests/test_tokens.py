@@ -398,6 +398,16 @@ def test_what_the_system_says_stays_where_the_user_is_cut(families):
     assert text.endswith(" four five<|im_end|>\n<|im_start|>assistant\n") and "one" not in text
 
 
+def test_prompts_that_are_a_thousand_times_too_long_are_cut_like_others(families):
+    tokenizer, last = families["gemma"][0], rendered(families["gemma"][0], turns(asked("so")))
+    for prompt in (
+        "Human: one Assistant: two " * 2_000 + asked("so"),
+        asked("one two " * 50_000 + "so"),
+    ):
+        limit = len(util.encode_prompt(tokenizer, asked("so"), 99))
+        assert tokenizer.decode(util.encode_prompt(tokenizer, prompt, limit)) == last
+
+
 def test_a_frame_that_does_not_fit_leaves_its_bos_and_its_end(families):
     tokenizer = families["llama3"][0]
     ids = util.encode_prompt(tokenizer, asked("one two three"), 4)
