@@ -32,13 +32,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lab import CourseError, models, swift, trouble, world
 from lab.config import Config  # noqa: F401
-from lab.data import turns, with_pairs
+from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
 from lab.passes import in_parts
 from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
 from lab.shares import batches, dice, epochs, load_eval_rows, load_rows, prompt_batch, stack  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
+from lab.tokens import encoder, stops_of
 from lab.tracking import mean_of, rollout_metrics, samples_of, timed
 from lab.trouble import Sturdy, alerts, note_texts
 
@@ -49,26 +50,14 @@ from lab.trouble import Sturdy, alerts, note_texts
 def encode_prompt(tokenizer, prompt, limit):
     """Token ids of a prompt, in the frame that its tokenizer is used to.
 
-    One that is too long loses its front, so that the question's end and "Assistant:" stay.
+    One that is too long loses its front; its bos, the question's end and "Assistant:" stay.
     """
-    if own_frame(tokenizer):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        text = models.in_template(tokenizer, turns(prompt))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[len(ids) - limit :] if len(ids) > limit else ids
-
-
-def own_frame(tokenizer):
-    """Whether dialogues look like "Human: ... Assistant: ...", as the data has them."""
-    return tokenizer.chat_template in (None, models.FRAME)
+    return encoder(tokenizer).prompts([prompt], limit)[0]
 
 
 def encode_answer(tokenizer, answer, limit):
-    """Token ids of an answer, eos at its end: a model learns to stop only where it sees a stop."""
-    eos, space = tokenizer.eos_token_id, " " if own_frame(tokenizer) else ""
-    ids = tokenizer(space + answer.strip(), add_special_tokens=False)["input_ids"] + [eos]
-    return ids[: min(ids.index(eos), limit - 1)] + [eos]
+    """Token ids of an answer and its end: a model learns to stop only where it sees a stop."""
+    return encoder(tokenizer).answers([answer], limit)[0]
 
 
 def pad(sequences, value, side, device):
@@ -87,25 +76,24 @@ def pad(sequences, value, side, device):
 
 def encode_prompts(tokenizer, prompts, cfg, device):
     """Texts -> (prompt_ids, prompt_mask), left-padded: every answer starts in the same column."""
-    ids = [encode_prompt(tokenizer, prompt, cfg.max_prompt) for prompt in prompts]
+    ids = encoder(tokenizer).prompts(prompts, cfg.max_prompt)
     return pad(ids, tokenizer.pad_token_id, "left", device)  # (B, P)
 
 
 def encode_pairs(tokenizer, prompts, answers, cfg, device):
     """Texts -> the four tensors that every scoring function takes."""
     prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, cfg, device)  # (B, P)
-    ids = [encode_answer(tokenizer, answer, cfg.max_new_tokens) for answer in answers]
+    ids = encoder(tokenizer).answers(answers, cfg.max_new_tokens)
     return prompt_ids, prompt_mask, *pad(ids, tokenizer.pad_token_id, "right", device)  # (B, R)
 
 
 def decode(tokenizer, ids, mask):
-    """The answers as text, without eos and padding."""
-    rows = [row[real].tolist() for row, real in zip(ids, mask)]
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+    """The answers as text, without eos and padding; "</s>" that is written in letters stays."""
+    return encoder(tokenizer).texts(row[real].tolist() for row, real in zip(ids, mask))
 
 
 def ended(response_ids, response_mask, eos_token_id):
-    """Which answers closed with an eos of their own."""
+    """Which answers closed with an eos of their own; `stops_of` says which tokens are one."""
     last = response_ids.gather(1, response_mask.sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]  # (B,)
     return torch.isin(last, as_ids(eos_token_id, last.device)) & response_mask.any(1)
 
@@ -585,7 +573,7 @@ def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
     if cfg.reward_norm:
         scores = normalised(scores, {} if running is None else running)
     scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) - cfg.length_penalty * mask.sum(1)
-    whole = ended(ids, mask, crew.tokenizer.eos_token_id)
+    whole = ended(ids, mask, stops_of(crew.policy, crew.tokenizer))
     scores -= cfg.missing_eos_penalty * ~whole
     kl = kl_estimate(logprobs, ref_logprobs, estimator=cfg.kl_estimator)
     price = kl_coef if cfg.kl_in == "reward" else 0
@@ -649,7 +637,7 @@ def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperatur
         prompt_mask,
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature if temperature is None else temperature,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops_of(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         generator=generator,
     )
@@ -1220,7 +1208,7 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
             "reward": [None] * len(part),
             "kl": kl_estimate(ours, theirs).sum(1).tolist(),
             "length": tokens[3].sum(1).tolist(),
-            "eos": ended(*tokens[2:], crew.tokenizer.eos_token_id).tolist(),
+            "eos": ended(*tokens[2:], stops_of(crew.policy, crew.tokenizer)).tolist(),
         }
         own = named("metric", cfg.metric, {}) if cfg.metric else None
         for name, score in (("reward", crew.reward), ("metric", own)):

@@ -147,7 +147,8 @@ def turns(prompt):
         parts = ["", "System", parts[0], *parts[1:]]
     roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
     said = zip(parts[1::2], parts[2::2])
-    return [{"role": roles[who], "content": text.strip()} for who, text in said if text.strip()]
+    said = [{"role": roles[who], "content": text.strip()} for who, text in said if text.strip()]
+    return said or [{"role": "user", "content": ""}]
 
 
 def repeated(rows):

@@ -21,16 +21,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lab import CourseError
-from lab.hub import reason_of
+from lab.tokens import FRAME, encoder, in_template, stops_of
 from lab.trouble import find_device, loading
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What a tokenizer without a chat template gets: the course's own frame.
-FRAME = (
-    "{% for m in messages %}{{ '' if loop.first else ' ' }}"
-    "{{ 'Human: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
-)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,18 +52,6 @@ def load_tokenizer(path, cfg=None):
     if "1 + 1?" not in in_template(tokenizer, [{"role": "user", "content": "1 + 1?"}]):
         raise CourseError(f"The chat template in {path} leaves out what the user says: mend it.")
     return tokenizer
-
-
-def in_template(tokenizer, messages):
-    """The dialogue as its tokenizer's chat template frames it, up to where the answer begins.
-
-    A template is a program of strangers: it runs in a sandbox, which fails where it wants more.
-    """
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise whatever it likes
-        what = f"The chat template in {tokenizer.name_or_path} fails ({reason_of(error)})"
-        raise CourseError(f"{what}: mend it, or delete it to get the course's frame.") from None
 
 
 @contextmanager
@@ -256,23 +238,25 @@ def save(model, tokenizer, folder):
 
 
 def acquaint(model, tokenizer):
-    """The model's config tells plain transformers how its tokenizer pads, and where to stop."""
+    """The model's settings tell plain transformers how its tokenizer pads, and where to stop."""
     pad, eos, config = tokenizer.pad_token_id, tokenizer.eos_token_id, model.config
-    writing = getattr(model, "generation_config", None)
+    stops, writing = stops_of(model, tokenizer), getattr(model, "generation_config", None)
     for part in filter(None, (config, writing)):
         if part.pad_token_id is None or part.pad_token_id < 0:
             part.pad_token_id = pad
-        known = part.eos_token_id if isinstance(part.eos_token_id, list) else [part.eos_token_id]
-        if eos not in known:
-            several = [one for one in known if one is not None] + [eos]
-            part.eos_token_id = several if several[1:] else eos
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if eos not in known:
+        several = [one for one in known if one is not None] + [eos]
+        config.eos_token_id = several if several[1:] else eos
+    if writing is not None:
+        writing.eos_token_id = stops if stops[1:] else stops[0]
     try:
         if writing is not None:
             writing.validate(strict=True)
     except ValueError:  # some settings contradict each other: they load, but cannot be saved
         ids = {name: getattr(writing, name) for name in ("pad_token_id", "eos_token_id")}
         model.generation_config = GenerationConfig(bos_token_id=writing.bos_token_id, **ids)
-    if hasattr(model, "score") and pad == eos:
+    if hasattr(model, "score") and pad in (eos, encoder(tokenizer).end):
         # A plain scorer looks for the last token that is no pad: it would miss the eos. Without a
         # pad it takes the very last one, and refuses rows of unequal length.
         config.pad_token_id = None

@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from lab.models import FRAME
+from lab.tokens import FRAME
 
 
 def train_tokenizer(texts, vocab_size):

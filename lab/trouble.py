@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import math
 import re
 import traceback
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from lab import CourseError, memory
 from lab.data import repeated
 from lab.hub import reach, reason_of
+from lab.tokens import encoder
 
 NOTEBOOKS = {
     "base": "0_download.ipynb",
@@ -126,13 +128,14 @@ def enough(cfg, blocks):
 
 def note_texts(say, tokenizer, rows, answers, cfg):
     """Says how many texts are longer than their limit and which end they lose, and what repeats."""
-    limits = {"prompt": ("max_prompt", cfg.max_prompt, "front")}
-    limits |= dict.fromkeys(answers, ("max_new_tokens", cfg.max_new_tokens - 1, "end"))
-    for field, (name, limit, end) in limits.items():
-        ids = tokenizer([row[field] for row in rows])["input_ids"]
+    written, encode = [("prompt", "max_prompt", "front")], encoder(tokenizer)
+    written += [(field, "max_new_tokens", "end") for field in answers]
+    for field, name, end in written:
+        ids_of, limit = encode.answers if field in answers else encode.prompts, getattr(cfg, name)
+        ids = ids_of([row[field] for row in rows], math.inf)
         if count := sum(len(text) > limit for text in ids):
             what = f"{count} of {len(rows)} texts in {field!r} are longer than {name} allows"
-            say(f"{what} ({getattr(cfg, name)} tokens): they lose their {end}.")
+            say(f"{what} ({limit} tokens): they lose their {end}.")
     if copies := repeated(rows):
         say(
             f"{copies} of {len(rows)} rows are copies of others: they count as often as they occur."

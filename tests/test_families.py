@@ -16,6 +16,7 @@ import lab.models
 import util
 from lab import CourseError, swift
 from lab.data import turns
+from lab.tokens import own_frame
 
 PAD, EOS, UNK, VOCABULARY = 0, 1, 2, 64
 PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20]]
@@ -385,7 +386,7 @@ def chatty(folder, template=CHATML):
 
 def test_a_chat_template_of_its_own_is_used_and_the_cut_keeps_the_header(cfg, tmp_path):
     tokenizer = util.load_tokenizer(chatty(tmp_path), cfg)
-    assert tokenizer.chat_template == CHATML and not util.own_frame(tokenizer)
+    assert tokenizer.chat_template == CHATML and not own_frame(tokenizer)
 
     def told(prompt, limit=99):
         return tokenizer.convert_ids_to_tokens(util.encode_prompt(tokenizer, prompt, limit))
@@ -395,15 +396,16 @@ def test_a_chat_template_of_its_own_is_used_and_the_cut_keeps_the_header(cfg, tm
     whole = "<|user|> w5 <|end|> <|assistant|> w6 w7 <|end|> <|user|> w8 <|end|> <|assistant|>"
     assert told(several) == whole.split()
     assert told(several, 4) == whole.split()[-4:] and told(several, 1) == ["<|assistant|>"]
-    assert util.encode_answer(tokenizer, " w9 w10 ", 9) == [9, 10, EOS]  # no space before it
+    end = tokenizer.convert_tokens_to_ids("<|end|>")  # what the template writes behind an answer
+    assert util.encode_answer(tokenizer, " w9 w10 ", 9) == [9, 10, end]  # no space before it
 
 
-def test_no_space_stands_between_a_chat_header_and_the_answer(tokenizer, cfg):
-    spaced = util.encode_answer(tokenizer, "Hi.", 9)
+def test_the_space_before_an_answer_is_the_one_that_the_template_writes(tokenizer):
     other = copy.deepcopy(tokenizer)
-    other.chat_template = CHATML
-    assert tokenizer.decode(spaced[:-1]) == " Hi."
-    assert other.decode(util.encode_answer(other, "Hi.", 9)[:-1]) == "Hi."
+    for template, space in ((None, " "), (CHATML, " "), (CHATML.replace("|> ", "|>"), "")):
+        other.chat_template = template
+        ids = util.encode_answer(other, " Hi. ", 9)[:-1]
+        assert other.decode(ids).rstrip() == space + "Hi."
 
 
 def test_without_a_template_the_frame_of_the_course_is_saved_with_the_tokenizer(cfg, tmp_path):
@@ -418,7 +420,7 @@ def test_without_a_template_the_frame_of_the_course_is_saved_with_the_tokenizer(
     assert say(both, add_generation_prompt=True) == "Human: a Assistant: b Human: c Assistant:"
     assert say(both[:2]) == "Human: a Assistant: b"
     again = util.load_tokenizer(tmp_path / "b", cfg)
-    assert util.own_frame(again)
+    assert own_frame(again)
     prompt = "Human: w5 Assistant: w6 Human: w7 Assistant:"
     framed = plain(say(turns(prompt), add_generation_prompt=True))["input_ids"]
     assert util.encode_prompt(again, prompt, 99) == framed

@@ -23,6 +23,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 import util
 from lab import report
+from lab.data import turns
 from lab.runs import CourseError, Stage
 
 
@@ -289,16 +290,16 @@ def test_a_chat_template_gets_out_of_nothing(name, model, marker, write_rows):
     (model / "chat_template.jinja").write_text(template)
     root = write_rows([{"prompt": HI}])
     cfg = util.Config("smoke", root=str(root), base_model=str(model), fallback=False)
-    turns = util.turns(HI)
+    said = turns(HI)
     with contextlib.suppress(CourseError):
         list(util.train_base(cfg))
         tokenizer, _ = util.load_pair(cfg, "base")
         assert tokenizer.chat_template == template
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = tokenizer.apply_chat_template(said, tokenize=False)
         assert text.startswith("Hi"), "it is the template that speaks"
         util.encode_prompts(tokenizer, [HI], cfg, "cpu")
     assert not marker.exists()
-    assert turns == util.turns(HI)
+    assert said == turns(HI)
 
 
 def test_a_chat_template_without_tricks_is_used(model):
