@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, fast_path, models, trouble, world
+from lab import CourseError, fast_path, matmul, models, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import turns, with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
@@ -586,7 +586,7 @@ def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
         tokens = (*prompt, response_ids, mask)
         responses = decode(crew.tokenizer, response_ids, mask)
         written = time.perf_counter()
-        with fast_path.fast_matmul(crew.policy):
+        with matmul.fast_matmul(crew.policy):
             scores, parts = ask(crew.reward, prompts, responses)
             with crew.as_reference() as reference:
                 ref_logprobs, _ = response_logprobs(reference, *tokens, **how)
@@ -686,7 +686,7 @@ class Optimiser(Sturdy):
         self.adamw.zero_grad()
         parts, total, pieces = [], 0, chunks(rows, size)
         for piece in pieces:
-            with fast_path.fast_matmul(self.models[0]):
+            with matmul.fast_matmul(self.models[0]):
                 with models.autocast(self.cfg, self.models[0]):
                     loss, weight, stats = loss_of(piece)
                 weight = weight if pieces[1:] else 1

@@ -1,61 +1,30 @@
-"""Forward passes of any causal language model, and a fast path for six families.
+"""A fast path for six families: OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3 are fast for four reasons. Rows are packed one behind
-the other without padding; only attention puts them side by side. Tokens that rows share at their
-start are computed once. Behind the last attention only the wanted positions go on. Generation
-multiplies by fused weights, and its keys and values have room from the beginning.
+Four things make it fast. Rows are packed one behind the other without padding; only attention puts
+them side by side. Tokens that rows share at their start are computed once. Behind the last
+attention only the wanted positions go on. Generation multiplies by fused weights, and its keys and
+values have room from the beginning.
 
-This repeats code of transformers, which may change. So `agree` compares the fast path with the
-model's own forward, the plain path, on the first batch of each model and use. Where they differ, it
-says so, and the plain path does the work, as it does for every other model. TESTED names the
-releases that the tests of this file run with; beyond them the comparison alone decides.
-Whoever wants the plain path only empties FAMILIES.
+This repeats code of transformers, which may change: `agree` compares it with the model's own
+forward, once per model and use. Any other model takes its own forward, the plain path, as do all
+where somebody empties FAMILIES.
 """
 
-import inspect
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from weakref import WeakKeyDictionary
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from transformers.pytorch_utils import Conv1D
 
-from lab.trouble import out_of_memory
+from lab import plain_path
+from lab.agreement import agree, refused, step_aside
+from lab.plain_path import forward, has_hooks, unwrapped
 
-TESTED = "5.0.0", "5.24.0"  # oldest and newest release of transformers
-WIDE = 512  # hidden size from which oneDNN's products are worth their call
 BIG = 2**19  # elements from which a matrix is worth packing for oneDNN
 GROUPS = 8  # of rows of similar length that attend side by side on a CPU; a GPU takes all at once
-# How far two paths to the same numbers may lie apart, as a share of their norm.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# {model: {path: {(use, ...): whether it agrees with the model's own forward}}}, filled by `agree`
-CHECKED = WeakKeyDictionary()
-
-
-# --------------------------------------------------------------------------------------------------
-# Any model
-
-
-def unwrapped(model):
-    """The model inside its adapters, which are part of its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def forward(model, ids, mask, **extra):
-    """The model's own forward over padded rows, with those arguments that it knows.
-
-    Positions count real tokens only: padding on the left must not shift the text.
-    """
-    known = inspect.signature(model.forward).parameters
-    extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    extra = {name: value for name, value in extra.items() if name in known}
-    return model(input_ids=ids, attention_mask=mask.long(), **extra)
 
 
 def hidden_states(model, ids, mask, wanted):
@@ -67,7 +36,7 @@ def hidden_states(model, ids, mask, wanted):
     hidden = packed_forward(model, ids, mask, wanted)
     if hidden is not None:
         return hidden, model.lm_head
-    return plain_logits(model, ids, mask, wanted), torch.nn.Identity()
+    return plain_path.logits_at(model, ids, mask, wanted), torch.nn.Identity()
 
 
 def scores(scorer, ids, mask, wanted):
@@ -79,34 +48,6 @@ def scores(scorer, ids, mask, wanted):
     return scorer.score(hidden)[:, 0].float()
 
 
-def plain_logits(model, ids, mask, wanted):
-    """The model's own logits where `wanted` is set, (N, V).
-
-    Its head, and whatever it does to logits behind, gets these positions as one row. Where that is
-    not the same, the head gets all rows from the first wanted column on.
-    """
-
-    def narrow(ids, mask, wanted):
-        def keep_wanted(module, args):
-            return args[0][wanted][None], *args[1:]
-
-        with model.get_output_embeddings().register_forward_pre_hook(keep_wanted):
-            return forward(model, ids, mask, use_cache=False).logits.squeeze(0)
-
-    def whole(ids, mask, wanted):
-        columns = ids.shape[1] - int(wanted.any(0).int().argmax())
-        logits = forward(model, ids, mask, use_cache=False, logits_to_keep=columns).logits
-        return logits[:, -columns:][wanted[:, -columns:]]
-
-    def check(way):
-        return lambda ids, mask: way(ids, mask, mask)
-
-    hooked = any(map(has_hooks, model.modules()))  # somebody's hook shall see each batch once
-    if not hooked and agree(model, "short head", "", ids, mask, check(narrow), check(whole)):
-        return narrow(ids, mask, wanted)
-    return whole(ids, mask, wanted)
-
-
 def start_decoding(model, prompt_ids, prompt_mask, room):
     """A decoder that has read the prompts and can go on for `room` tokens, and the logits behind
     them, (B, V)."""
@@ -116,176 +57,15 @@ def start_decoding(model, prompt_ids, prompt_mask, room):
     batch = layout(prompt_ids, prompt_mask, last) if decoder else None
     if batch:
         cached = CachedDecoder(model, decoder, room)
-        paths = cached.replay, lambda ids, mask: replay(model, ids, mask)
+        paths = cached.replay, lambda ids, mask: plain_path.replay(model, ids, mask)
         if agree(model, "fast path", "generating", prompt_ids, prompt_mask, *paths):
             return cached, cached.read(batch)
-    plain, prompts = PlainDecoder(model), torch.stack([prompt_ids, prompt_mask.long()], 1)
+    plain = plain_path.PlainDecoder(model)
+    prompts = torch.stack([prompt_ids, prompt_mask.long()], 1)
     prompts, copies = prompts.unique(dim=0, return_inverse=True)  # read once, answered often
     logits = plain.read(prompts[:, 0], prompts[:, 1].bool())
     plain.keep(copies)
     return plain, logits[copies]
-
-
-class PlainDecoder:
-    """Generation with the model's own forward and cache."""
-
-    def __init__(self, model):
-        self.model, self.cache = model, transformers.DynamicCache(config=model.config)
-
-    def read(self, ids, mask):
-        """Logits behind the last column of ids, (B, V); the mask covers all that was read."""
-        self.mask, more = mask, dict(past_key_values=self.cache, logits_to_keep=1)
-        return forward(self.model, ids, mask, use_cache=True, **more).logits[:, -1]
-
-    def next(self, token):
-        """Logits behind one more token in each row, (B, V)."""
-        return self.read(token[:, None], F.pad(self.mask, (0, 1), value=True))
-
-    def keep(self, rows):
-        """Goes on with these rows only; a row may be named several times."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-
-
-@contextmanager
-def fast_matmul(model):
-    """Inside, a wide model on the CPU multiplies with oneDNN, if that is faster and as exact."""
-    before = torch.get_float32_matmul_precision()
-    width = getattr(getattr(model, "config", None), "hidden_size", 0)
-    if model.device.type == "cpu" and width >= WIDE and onednn_is_better():
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@cache
-def onednn_is_better(size=1024):
-    """Whether precision "medium", oneDNN's way, is faster here and yet float32; measured once.
-
-    On some processors it rounds to half precision instead: then nothing changes.
-    """
-    rng = torch.Generator().manual_seed(0)
-    x, before = torch.randn(2, size, size, generator=rng), torch.get_float32_matmul_precision()
-    seconds, error = {}, {}
-    for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        seconds[precision] = min(timed(torch.mm, *x) for _ in range(4))
-        error[precision] = (torch.mm(*x) - torch.mm(*x.double())).abs().max() / size**0.5
-    torch.set_float32_matmul_precision(before)
-    gain = seconds["highest"] / seconds["medium"]
-    if error["medium"] > 4 * error["highest"] or gain < 1.2:
-        return False
-    print(f"oneDNN multiplies matrices {gain:.1f} times as fast here, as exactly: it does so.")
-    return True
-
-
-def timed(function, *arguments):
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-# --------------------------------------------------------------------------------------------------
-# The comparison with the model's own forward
-
-
-def agree(model, path, use, ids, mask, fast, plain):
-    """Whether `fast` and `plain` give the same for the first tokens of a few rows of this batch:
-    the same values and, where the model learns, the same gradients.
-
-    Each model compares once for each use, precision and kind of layers; after one difference it
-    takes the plain path for good. Without dropout, so no random number is drawn; modes and `.grad`
-    stay as they are.
-    """
-    known = CHECKED.setdefault(model, {}).setdefault(path, {})
-    learns = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-    state = "merged", "disable_adapters"  # of an adapter
-    kinds = {(type(m), *(getattr(m, name, None) for name in state)) for m in model.modules()}
-    key = use, learns, tolerance(model), frozenset(kinds)
-    if False in known.values() or key in known:
-        return all(known.values())
-    texts = [ids[i][mask[i]][: 8 - n] for n, i in enumerate(sorted({0, len(ids) // 2}))]
-    texts = [text for text in texts if len(text)]
-    if not texts:
-        return False
-    real = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).bool()
-    sample, modes = (pad_sequence(texts, batch_first=True), real), [*map(mode, model.modules())]
-    model.eval()
-    try:
-        expected = outcome(model, plain(*sample), learns)
-        found = outcome(model, fast(*sample), learns)
-        off = {name: distance(found[name], expected[name]) for name in expected}
-        reason = [f"its {name} are off by {x:.1g}" for name, x in off.items() if x > key[2]]
-    except Exception as error:  # whatever another release has renamed
-        if out_of_memory(error):
-            raise
-        reason = [f"{type(error).__name__}: {error}"]
-    finally:
-        for module, training in modes:
-            module.training = training
-    known[key] = not reason
-    for sentence in reason[:1]:
-        step_aside(model, path, sentence)
-    return known[key]
-
-
-def step_aside(model, path, reason):
-    CHECKED.setdefault(model, {}).setdefault(path, {})["refused"] = False
-    versions = "transformers {}, tested with {} to {}".format(transformers.__version__, *TESTED)
-    print(
-        f"The {path} steps aside for {type(model).__name__}: {reason} ({versions}). The model's "
-        "own forward does the work: as exact, but slower or with more memory."
-    )
-
-
-def mode(module):
-    return module, module.training
-
-
-def tolerance(model):
-    """That of the least exact numbers that the model's products are made of."""
-    device, dtypes = model.device.type, {p.dtype for p in model.parameters()}
-    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of 4 bits
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
-        dtypes.add(torch.float16)  # TF32 has as many digits
-    return max(TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in dtypes)
-
-
-def outcome(model, x, learns):
-    """What comes out, and the gradients that it sends to the first and the last layer."""
-    x = x.float() - x.float().mean(-1, keepdim=True)  # a softmax does not see a common shift
-    layers = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), [model])
-    weights = [*layers[0].parameters(), *layers[-1].parameters()]
-    weights = [weight for weight in weights if weight.requires_grad]
-    if not learns or not weights:
-        return {"values": x.detach()}
-    total = (x * torch.arange(x.numel(), device=x.device).cos().view_as(x)).sum()
-    grads = torch.autograd.grad(total, weights, allow_unused=True)
-    flat = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads)]
-    return {"values": x.detach(), "gradients": torch.cat([g.flatten() for g in flat])}
-
-
-def distance(found, expected):
-    """How far apart they are, as a share of the norm; what is no number in both is the same."""
-    if found.shape != expected.shape:
-        return float("inf")
-    found, expected = found.nan_to_num(), expected.nan_to_num()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-20))
-
-
-def replay(model, ids, mask):
-    """Logits (B, 3, V) behind each row, and behind its first token once more, and again."""
-    ends = mask.sum(1, keepdim=True)  # (B, 1)
-    more = ends + torch.arange(2, device=ids.device)
-    ids = F.pad(ids, (0, 2)).scatter(1, more, ids[:, :1].expand_as(more))
-    mask = F.pad(mask, (0, 2)).scatter(1, more, True)
-    logits = forward(model, ids, mask, use_cache=False).logits
-    places = ends - 1 + torch.arange(3, device=ids.device)
-    return logits[torch.arange(len(ids), device=ids.device)[:, None], places]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -400,24 +180,15 @@ FAMILIES = {
 }
 
 
-def has_hooks(module):
-    """Whether a module's forward has been replaced or watched; the fast path calls embeddings."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    hooks += module._backward_hooks, module._backward_pre_hooks
-    watched = any(hooks) and not isinstance(module, torch.nn.Embedding)
-    return watched or "forward" in vars(module) or hasattr(module, "_hf_hook")
-
-
 def decoder_of(model):
     """The parts of a model whose forward is just what transformers ships; None for any other."""
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if type(body) not in FAMILIES or not type(model).__module__.startswith("transformers."):
         return None
-    if False in CHECKED.get(model, {}).get("fast path", {}).values():
+    modules = list(model.modules())
+    recomputes = any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules)
+    if recomputes or any(map(has_hooks, modules)) or refused(model, "fast path"):
         return None
-    for module in model.modules():
-        if has_hooks(module) or (module.training and getattr(module, "gradient_checkpointing", 0)):
-            return None
     try:
         decoder = FAMILIES[type(body)](body)
     except AttributeError as error:
@@ -440,12 +211,12 @@ class PackedBatch:
     lengths: torch.Tensor  # (B,), of the rows
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,), counted from the row's first real token
-    wanted: torch.Tensor  # which tokens are wanted, in the order of the batch
-    copies: torch.Tensor | None  # which of `wanted` each wanted position takes; None: one each
-    twins: torch.Tensor | None  # (B,), the row that attends for each; None: every row for itself
-    groups: list  # (rows, length): rows of similar length, which attend side by side
+    wanted: torch.Tensor  # different tokens that are wanted
+    copies: torch.Tensor  # which of `wanted` each wanted position takes
+    twins: torch.Tensor  # (B,), the row that attends for each: the same text attends once
     slots: torch.Tensor | None  # the token in each slot of each group's rows; None: one in each
-    home: torch.Tensor | None  # (N,), the slot in which each token is at home
+    home: torch.Tensor | None  # (N,), the slot from which each token takes what it sees
+    groups: list  # (rows, length): rows of similar length, which attend side by side
 
     def attention(self, q, k, v, dropout=0.0, store=None):
         """What each token sees of its own row up to itself, (N, heads * d).
@@ -474,63 +245,55 @@ def layout(ids, mask, wanted):
     """Padded rows (B, T) as a packed batch. None where a row has gaps or no tokens, or something is
     wanted where there is no token.
 
-    All of it is worked out on the CPU: a GPU waits for one copy there and starts one back.
+    All of it is worked out on the CPU: a GPU waits for one copy there and gets one back.
     """
     device = ids.device
     ids, mask, wanted = torch.stack([ids, mask.long(), wanted.long()]).cpu()
-    lengths, start = mask.sum(1), mask.argmax(1)
-    L = max(int(lengths.max()), 1)
-    slot = torch.arange(L)
-    columns = (start[:, None] + slot).clamp(max=mask.shape[1] - 1)  # (B, L): rows moved to the left
-    real = slot < lengths[:, None]
-    asked = wanted.gather(1, columns).bool() & real
-    gaps = not mask.gather(1, columns)[real].all() or not lengths.all()
-    if gaps or asked.sum() != wanted.sum():
+    starts = F.pad(mask, (1, 0)).diff(dim=1) > 0
+    if (starts.sum(1) != 1).any() or (wanted > mask).any():
         return None
-    ids = ids.gather(1, columns).masked_fill(~real, -1)
-    # Rows that start alike are neighbours in alphabetical order: the first of them has the tokens.
-    texts = ids.tolist()
-    order = torch.tensor(sorted(range(len(texts)), key=texts.__getitem__))
-    same = (ids[order[1:]] == ids[order[:-1]]).int().cummin(1).values  # as the row above, so far
-    first = torch.where(F.pad(same, (0, 0, 1, 0)) > 0, 0, torch.arange(len(ids))[:, None])
-    owner = torch.empty_like(columns)  # (B, L), the row that has each token
-    owner[order] = order[first.cummax(0).values]
-    own = real & (owner == torch.arange(len(ids))[:, None])
-    twins = owner.gather(1, lengths[:, None] - 1)[:, 0]  # all of a copy belongs to its twin
-    order = lengths.argsort(stable=True)
-    order = order[own.any(1)[order]]  # the rows that attend, short ones first
-    number = torch.empty_like(columns)  # of each slot's token among all
-    number[order] = own[order].flatten().cumsum(0).view(-1, L) - 1
-    number = number.gather(0, owner).masked_fill(~real, 0)  # nobody looks at an empty slot
-    rows = order.split(-(-len(order) // (GROUPS if device.type == "cpu" else 1)))
-    sizes = [int(lengths[part].max()) for part in rows]
-    slots, home = (
-        torch.cat([x[part, :size].flatten() for part, size in zip(rows, sizes)])
-        for x in (number, own)
+    lengths = mask.sum(1)
+    texts = [text.tolist() for text in ids[mask.bool()].split(lengths.tolist())]
+    # A tree of tokens: two are one where all before them is the same, too. Its leaves are texts.
+    numbers, paths, leader, own = {}, {}, {}, {}
+    for row in lengths.argsort(stable=True).tolist():  # short rows first
+        known, last = len(numbers), None
+        paths[row] = [last := numbers.setdefault((last, x), len(numbers)) for x in texts[row]]
+        own[row] = len(numbers) - known  # at its end
+        leader.setdefault(last, row)
+    rows, groups, positions, slots, home = list(leader.values()), [], [], [], []
+    size = -(-len(rows) // (GROUPS if device.type == "cpu" else 1))
+    for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        width = len(paths[part[-1]])
+        for row in part:
+            path = paths[row]
+            places = range(len(path) - own[row], len(path))
+            positions += places
+            home += [len(slots) + place for place in places]
+            slots += path + [0] * (width - len(path))
+        groups.append((torch.tensor(part), width))
+    order = range(len(texts))
+    place = torch.tensor([*chain(*(paths[row] for row in order))])
+    place = torch.zeros_like(ids).masked_scatter(mask.bool(), place)  # (B, T)
+    fields = [x for _, x in numbers], positions, [leader[paths[row][-1]] for row in order]
+    fields = *map(torch.tensor, (*fields, slots, home)), lengths
+    fields += place[wanted.bool()].unique(return_inverse=True)
+    ids, positions, twins, slots, home, lengths, found, copies, *rows = move(
+        [*fields, *(rows for rows, _ in groups)], device
     )
-    home = home.nonzero()[:, 0]
-    tokens, copies = number[asked].unique(return_inverse=True)
-    if len(tokens) == len(copies):
-        tokens, copies = number[asked], None
-    twins = twins if len(order) < len(ids) else None
-    if len(slots) == len(home):
+    if len(slots) == len(home):  # each token lies in its slot already
         slots = home = None
-    own, ids = own[order], ids[order]
-    found = lengths, ids[own], own.nonzero()[:, 1], tokens, copies, twins
-    *found, slots, home = move([*rows, *found, slots, home], device)
-    rows, found = found[: len(rows)], found[len(rows) :]
-    return PackedBatch(*found, list(zip(rows, sizes)), slots, home)
+    groups = [(part, width) for part, (_, width) in zip(rows, groups)]
+    return PackedBatch(lengths, ids, positions, found, copies, twins, slots, home, groups)
 
 
 def move(vectors, device):
-    """Vectors of numbers, or None in their place, to the device: in one piece."""
+    """Vectors of whole numbers to the device, all in one piece."""
     if device.type == "cpu":
         return vectors
-    whole = torch.cat([x for x in vectors if x is not None])
+    whole = torch.cat(vectors)
     whole = whole.pin_memory() if device.type == "cuda" else whole
-    parts = whole.to(device, non_blocking=True).split([len(x) for x in vectors if x is not None])
-    parts = iter(parts)
-    return [x if x is None else next(parts) for x in vectors]
+    return whole.to(device, non_blocking=True).split([len(vector) for vector in vectors])
 
 
 def packed_forward(model, ids, mask, wanted):
@@ -560,7 +323,7 @@ def run_packed(decoder, batch):
         return batch.attention(q, k, v, decoder.layers[i].attention_dropout)
 
     hidden = run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted)
-    return hidden if batch.copies is None else hidden.index_select(0, batch.copies)
+    return hidden.index_select(0, batch.copies)
 
 
 def run_layers(decoder, ids, positions, attend, wanted=None):
@@ -627,9 +390,9 @@ class CachedDecoder:
             return batch.attention(q, k, v, store=store)
 
         logits = self.head(run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted))
-        if batch.twins is not None:
+        if len(batch.wanted) < len(batch.copies):
             self.keep(batch.twins)
-        return logits if batch.copies is None else logits.index_select(0, batch.copies)
+        return logits.index_select(0, batch.copies)
 
     def replay(self, ids, mask):
         """What the function `replay` finds with the model's own forward."""
