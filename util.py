@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, models, swift, trouble, world
+from lab import CourseError, fast_path, matmul, models, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
@@ -124,7 +124,7 @@ def before_answers(prompt_ids, response_mask):
 def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Logits that predict each real answer token, (N, V): position t sees everything before t."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
-    found, head = swift.states(model, *read, before_answers(prompt_ids, response_mask))
+    found, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
     return head(found).float()
 
 
@@ -133,14 +133,14 @@ def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
     ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
     last = prompt_ids.shape[1] + response_mask.sum(1, keepdim=True) - 1  # (B, 1)
-    return swift.scores(scorer, ids, mask, torch.zeros_like(mask).scatter(1, last, True))
+    return fast_path.scores(scorer, ids, mask, torch.zeros_like(mask).scatter(1, last, True))
 
 
 def answer_values(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
     """What the value model expects before each answer token is written, (B, R)."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
     wanted = before_answers(prompt_ids, response_mask)
-    return spread(swift.scores(scorer, *read, wanted), response_mask)
+    return spread(fast_path.scores(scorer, *read, wanted), response_mask)
 
 
 def spread(x, mask):
@@ -178,7 +178,7 @@ def generate(
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     luck = lots(B, max_new_tokens, generator, device)
     with models.eval_mode(model):
-        reader, logits = swift.reader(model, prompt_ids, prompt_mask, max_new_tokens)
+        reader, logits = fast_path.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
         for t in range(max_new_tokens):
             token, logprob = pick(logits.float(), luck[live, t], temperature, top_k, top_p)
             ids[live, t], logprobs[live, t] = token, logprob
@@ -259,7 +259,7 @@ def response_logprobs(
     time: all logits of a large vocabulary would fill the memory.
     """
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
-    found, head = swift.states(model, *read, before_answers(prompt_ids, response_mask))
+    found, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
     tokens, pieces = response_ids[response_mask], []
     size = max(1, len(tokens)) if torch.is_grad_enabled() else 128
     for state, token in zip(found.split(size), tokens.split(size)):
@@ -593,7 +593,7 @@ def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
         tokens = (*prompt, response_ids, mask)
         responses = decode(crew.tokenizer, response_ids, mask)
         written = time.perf_counter()
-        with swift.products(crew.policy):
+        with matmul.fast_matmul(crew.policy):
             scores, parts = ask(crew.reward, prompts, responses)
             logprobs = sampled
             if models.precision(cfg) != "float32":  # half precision rounds differently in sampling
@@ -702,7 +702,7 @@ class Optimiser(Sturdy):
         self.adamw.zero_grad()
         parts, total, pieces = [], 0, chunks(rows, size)
         for piece in pieces:
-            with swift.products(self.models[0]):
+            with matmul.fast_matmul(self.models[0]):
                 with models.autocast(self.cfg, self.models[0]):
                     loss, weight, stats = loss_of(piece)
                 weight = weight if pieces[1:] else 1
@@ -789,7 +789,7 @@ def pretrain(cfg, stage):
 def next_token_loss(model, ids):
     """Cross-entropy of every token given those before it; ids (B, T)."""
     read = ids[:, :-1], torch.ones_like(ids[:, 1:], dtype=torch.bool)
-    found, head = swift.states(model, *read, read[1])
+    found, head = fast_path.hidden_states(model, *read, read[1])
     return F.cross_entropy(head(found).float(), ids[:, 1:].flatten())
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import lab.models
 import util
-from lab import CourseError, swift
+from lab import CourseError, fast_path
 from lab.data import turns
 from lab.tokens import own_frame
 
@@ -193,7 +193,7 @@ def test_a_scorer_begins_at_zero_and_agrees_with_the_plain_class(
         text = prompt + answer
         theirs = [plain(input_ids=torch.tensor([text[:n]])).logits.item() for n in range(1, 13)]
         real = torch.ones(1, len(text), dtype=torch.bool)
-        every = swift.scores(ours, torch.tensor([text]), real, real)
+        every = fast_path.scores(ours, torch.tensor([text]), real, real)
         assert every.tolist() == pytest.approx(theirs[: len(text)], abs=1e-4)
         assert scores[b].item() == pytest.approx(theirs[len(text) - 1], abs=1e-4)
         before = theirs[len(prompt) - 1 : len(text) - 1]

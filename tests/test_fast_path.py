@@ -2,15 +2,24 @@
 
 import copy
 import functools
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import util
-from lab import swift
+from lab import agreement, fast_path, matmul, plain_path
 
 PAD, EOS, VOCABULARY = 0, 1, 61
 IDS = dict(vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS)
@@ -67,11 +76,11 @@ def tokens(request, monkeypatch, pad_left, pad_right):
     """The four tensors of scoring: for each of the ways in which rows attend side by side."""
     name, groups = request.param
     prompts, answers = BATCHES[name]
-    monkeypatch.setattr(swift, "GROUPS", groups)
+    monkeypatch.setattr(fast_path, "GROUPS", groups)
     found = *pad_left(prompts, 44), *pad_right(answers, 44)
     read = util.before_each_token(*found)
-    made = swift.layout(*read, util.before_answers(found[0], found[3]))
-    assert len(made.groups) == min(groups, len(prompts))
+    made = fast_path.layout(*read, util.before_answers(found[0], found[3]))
+    assert len(made.groups) == min(groups, 4)  # the fifth row of one batch is a copy
     assert (made.slots is None) == (request.param in [("padded", 8), ("full", 1)])
     return found
 
@@ -79,7 +88,7 @@ def tokens(request, monkeypatch, pad_left, pad_right):
 @contextmanager
 def plainly():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swift, "FAMILIES", {})
+        patch.setattr(fast_path, "FAMILIES", {})
         yield
 
 
@@ -100,12 +109,25 @@ def watched(kind, when=lambda module: True):
 
 
 def layers_of(model):
-    body = swift.inner(model).base_model
+    body = plain_path.unwrapped(model).base_model
     return getattr(body, "h", None) or getattr(body, "decoder", body).layers
 
 
+@contextmanager
 def bodies(model):
-    return watched(type(layers_of(model)[0]))
+    """Calls of the model's own layers, but for those of a comparison."""
+    own = agreement.agree
+    with watched(type(layers_of(model)[0])) as shapes, pytest.MonkeyPatch.context() as patch:
+
+        def agree(*args):
+            known = len(shapes)
+            found = own(*args)
+            del shapes[known:]
+            return found
+
+        patch.setattr(fast_path, "agree", agree)
+        patch.setattr(plain_path, "agree", agree)
+        yield shapes
 
 
 def both(model, work):
@@ -222,6 +244,7 @@ def test_answers(model, pad_left, prompts, temperature):
 def test_a_prompt_that_is_to_be_answered_several_times_is_read_once(model, pad_left, prompts):
     several = [prompt for prompt in prompts for _ in range(5)]
     embedded = model.get_input_embeddings()
+    write(model, several, pad_left)  # the comparison of the first time reads more
     with watched(type(embedded), lambda module: module is embedded) as shapes:
         fast, slow = both(model, lambda: write(model, several, pad_left, stops=None))
     assert same_answers(fast, slow) and len({tuple(row) for row in fast[0].tolist()}) > 8
@@ -238,6 +261,7 @@ def test_what_rows_have_in_common_at_their_start_is_read_once(model, pad_left, p
     texts = [prompt + answer[:3] for prompt, answer in zip(ALIKE, REPLIES)]
     different = {tuple(text[: n + 1]) for text in texts for n in range(len(text))}
     embedded = model.get_input_embeddings()
+    util.response_logprobs(model, *tokens)  # the comparison of the first time reads more
     with watched(type(embedded), lambda module: module is embedded) as shapes:
         util.response_logprobs(model, *tokens)
     assert [shape.numel() for shape in shapes] == [len(different)] == [12]
@@ -300,9 +324,9 @@ def test_half_precision(model, tokens, pad_left):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_weights_packed_for_the_machine(name, monkeypatch, pad_left):
-    used, ask = [], swift.worth_reordering
-    monkeypatch.setattr(swift, "WORTH_PACKING", 1)
-    monkeypatch.setattr(swift, "worth_reordering", lambda w: used.append(ask(w)) or used[-1])
+    used, ask = [], fast_path.worth_packing
+    monkeypatch.setattr(fast_path, "BIG", 1)
+    monkeypatch.setattr(fast_path, "worth_packing", lambda w: used.append(ask(w)) or used[-1])
     for model in (made(name), adapted(name)):
         assert same_answers(*both(model, lambda model=model: write(model, PROMPTS * 2, pad_left)))
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -314,6 +338,8 @@ def test_many_tokens_without_gradients_go_through_the_head_in_pieces(model, pad_
     answers = [[(7 * i + t) % 59 + 2 for t in range(40 - i)] for i in range(5)]
     tokens = *pad_left(EQUAL + EQUAL[:1]), *pad_right(answers)
     whole = util.response_logprobs(model, *tokens)
+    with torch.no_grad():
+        util.response_logprobs(model, *tokens)
     with torch.no_grad(), watched(torch.nn.Linear, lambda m: m is model.lm_head) as shapes:
         pieces = util.response_logprobs(model, *tokens)
     assert [len(shape) for shape in shapes] == [2, 2] and [s[0] for s in shapes] == [128, 62]
@@ -334,7 +360,8 @@ DROPS = [
 
 @pytest.mark.parametrize("name, part", DROPS)
 @torch.no_grad()
-def test_dropout_acts_as_it_does_on_the_plain_path(name, part, tokens):
+def test_dropout_acts_as_it_does_on_the_plain_path(name, part, pad_left, pad_right):
+    tokens = *pad_left(ALIKE, 44), *pad_right(REPLIES, 44)
     off = {other: 0.0 for kind, other in DROPS if kind == name}
     model, quiet = made(name, **off | {part: 0.2}), made(name, **off).train()
     (calm, _), _ = both(quiet, lambda: util.response_logprobs(quiet, *tokens))
@@ -363,7 +390,7 @@ def test_rows_with_gaps_or_without_a_prompt(model, pad_left, pad_right):
         if hide[0] == 0:
             tokens = [x[:2] for x in tokens]
         tokens[1][hide] = False
-        assert swift.decoder_of(model) is not None
+        assert fast_path.decoder_of(model) is not None
         fast, slow = refused(model, lambda tokens=tokens: util.response_logprobs(model, *tokens))
         assert all(torch.equal(a, b) for a, b in zip(fast, slow)) and fast[0][1].any()
         ids, mask = tokens[:2]
@@ -371,7 +398,7 @@ def test_rows_with_gaps_or_without_a_prompt(model, pad_left, pad_right):
         work = functools.partial(work, eos_token_id=None, pad_token_id=PAD)
         assert all(torch.equal(a, b) for a, b in zip(*refused(model, work)))
     first = torch.zeros_like(mask).scatter(1, mask.int().argmax(1, keepdim=True), True)
-    assert not mask[2].all() and swift.layout(ids, mask, first) is None  # before the gap, too
+    assert not mask[2].all() and fast_path.layout(ids, mask, first) is None  # before the gap, too
 
 
 HOOKS = "forward_hook", "forward_pre_hook"
@@ -382,7 +409,7 @@ def test_a_hook_on_a_layer_is_called(name, tokens, pad_left, kind):
     model, seen = made(name), []
     expected, answers = util.response_logprobs(model, *tokens), write(model, PROMPTS, pad_left)
     handle = getattr(layers_of(model)[1], kind)(lambda *_: seen.append(1))
-    assert swift.decoder_of(model) is None
+    assert fast_path.decoder_of(model) is None
     assert apart(util.response_logprobs(model, *tokens), expected) < 1e-5 and len(seen) == 1
     assert same_answers(write(model, PROMPTS, pad_left), answers) and len(seen) > 4
     handle.remove()
@@ -394,7 +421,7 @@ def test_a_hook_on_the_way_back_is_called(name, tokens, kind):
     model, seen = made(name), []
     expected = gradients(model, lambda: loss_of(model, tokens))
     getattr(layers_of(model)[1], f"register_{kind}")(lambda *_: seen.append(1))
-    assert swift.decoder_of(model) is None
+    assert fast_path.decoder_of(model) is None
     assert same_gradients(gradients(model, lambda: loss_of(model, tokens)), expected)
     assert len(seen) == 1
 
@@ -411,7 +438,7 @@ def test_a_forward_that_somebody_put_in_place_is_called(name, tokens):
         return (mixture, *out[1:]) if isinstance(out, tuple) else mixture
 
     layer.forward = mixed
-    assert swift.decoder_of(model) is None
+    assert fast_path.decoder_of(model) is None
     assert apart(util.response_logprobs(model, *tokens), expected) > 1e-3
 
 
@@ -421,8 +448,8 @@ def test_recomputed_activations_stay_recomputed(name, tokens):
     expected = gradients(model, lambda: loss_of(model, tokens))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()  # a hook, and of the embedding: the fast path calls it too
-    assert swift.decoder_of(model) is not None  # eval mode
-    assert swift.decoder_of(model.train()) is None
+    assert fast_path.decoder_of(model) is not None  # eval mode
+    assert fast_path.decoder_of(model.train()) is None
     work = functools.partial(gradients, model, lambda: loss_of(model, tokens))
     fast, slow = refused(model, work)
     assert same_gradients(fast, expected) and same_gradients(fast, slow)
@@ -469,7 +496,7 @@ ODD = {  # name: (family, what is odd)
 def test_a_model_that_does_something_of_its_own(odd, tokens, pad_left):
     family, changes = ODD[odd]
     model = made(family, **changes)
-    assert swift.decoder_of(model) is None
+    assert fast_path.decoder_of(model) is None
     for work in (
         lambda model: util.response_logprobs(model, *tokens),
         lambda model: write(model, PROMPTS, pad_left),
@@ -484,7 +511,7 @@ def test_a_model_that_does_something_of_its_own(odd, tokens, pad_left):
 
 
 def test_every_family_is_tested():
-    assert {type(made(name).base_model) for name in KINDS} == set(swift.FAMILIES)
+    assert {type(made(name).base_model) for name in KINDS} == set(fast_path.FAMILIES)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -495,9 +522,9 @@ def test_every_family_is_tested():
     (512, True, "medium"), (512, False, "highest"), (256, True, "highest"),
 ])  # fmt: skip
 def test_only_wide_models_multiply_otherwise_and_only_within(monkeypatch, width, quicker, inside):
-    monkeypatch.setattr(swift, "quicker", lambda: quicker)
+    monkeypatch.setattr(matmul, "onednn_is_better", lambda: quicker)
     model = made("llama", hidden_size=width)
-    with pytest.raises(ZeroDivisionError), swift.products(model):
+    with pytest.raises(ZeroDivisionError), matmul.fast_matmul(model):
         assert torch.get_float32_matmul_precision() == inside
         1 / 0  # noqa: B018
     assert torch.get_float32_matmul_precision() == "highest"
@@ -515,11 +542,322 @@ def test_products_have_to_be_faster_and_exact(monkeypatch, capsys, gain, exact):
         return 1.0 / (gain if torch.get_float32_matmul_precision() == "medium" else 1)
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(swift, "timed", timed)
+    monkeypatch.setattr(matmul, "timed", timed)
     if exact:  # whatever this machine's own "medium" does
         monkeypatch.setattr(torch, "mm", lambda a, b: own(a.double(), b.double()).to(a.dtype))
     luck = torch.get_rng_state()
-    assert swift.quicker.__wrapped__(64) == (exact and gain > 1.2)
+    assert matmul.onednn_is_better.__wrapped__(64) == (exact and gain > 1.2)
     assert torch.equal(torch.get_rng_state(), luck)
     assert torch.get_float32_matmul_precision() == "highest"
     assert ("times as fast" in capsys.readouterr().out) == (exact and gain > 1.2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The comparison with the model's own forward
+
+
+def other_rotary(patch):
+    """A release of transformers that turns pairs of numbers the other way round."""
+    from transformers.models.llama import modeling_llama
+
+    rotate_half = modeling_llama.rotate_half
+    patch.setattr(modeling_llama, "rotate_half", lambda x: -rotate_half(x))
+
+
+def other_layers(patch, **changes):
+    """The fast path of OPT with a layer that is not OPT's."""
+
+    def layers(body):
+        decoder = fast_path.opt(body)
+        made = [{name: way(layer) for name, way in changes.items()} for layer in decoder.layers]
+        decoder.layers = [replace(layer, **new) for layer, new in zip(decoder.layers, made)]
+        return decoder
+
+    patch.setattr(fast_path, "FAMILIES", {hf.OPTModel: layers})
+
+
+def other_activation(patch):
+    other_layers(patch, act=lambda layer: torch.nn.functional.gelu)
+
+
+def other_scale(patch):
+    """Queries that come out twice as large."""
+    qkv = fast_path.qkv
+    patch.setattr(fast_path, "qkv", lambda *args: (2 * (found := qkv(*args))[0], *found[1:]))
+
+
+def other_names(patch):
+    """A release that has renamed a part."""
+
+    def layers(body):
+        return body.decoder.final_norm
+
+    patch.setattr(fast_path, "FAMILIES", {hf.OPTModel: layers})
+
+
+def other_gradients(patch):
+    """The same values, with half of a gradient."""
+
+    def halved(layer):
+        def act(x):
+            y = layer.act(x)
+            return y.detach() + 0.5 * (y - y.detach())
+
+        return act
+
+    other_layers(patch, act=halved)
+
+
+WRONG = {
+    other_rotary: ("llama", "its values are off by"),
+    other_activation: ("opt", "its values are off by"),
+    other_scale: ("gpt2", "its values are off by"),
+    other_names: ("opt", "'OPTDecoder' object has no attribute 'final_norm'"),
+}
+WORKS = ["scoring", "generating", "values", "training"]
+
+
+def work_of(kind, name, tokens, pad_left):
+    """A fresh model, and what is to be compared as one list of tensors."""
+    model = made(name, scorer=kind == "values")
+    works = {
+        "scoring": torch.no_grad()(lambda: util.response_logprobs(model, *tokens)),
+        "generating": lambda: write(model, PROMPTS * 2, pad_left),
+        "values": torch.no_grad()(lambda: [util.answer_values(model, *tokens)]),
+        "training": lambda: [*gradients(model, lambda: loss_of(model, tokens)).values()],
+    }
+    return model, works[kind]
+
+
+def own_work(model, work):
+    with plainly():
+        return work()
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("kind", WORKS)
+def test_the_fast_path_steps_aside_where_the_models_own_forward_says_otherwise(
+    wrong, kind, monkeypatch, capsys, pad_left, pad_right
+):
+    name, reason = WRONG[wrong]
+    tokens = *pad_left(PROMPTS, 44), *pad_right(ANSWERS, 44)
+    wrong(monkeypatch)
+    model, work = work_of(kind, name, tokens, pad_left)
+    with bodies(model) as calls:
+        found = [work(), work()]
+    assert calls
+    for fast in found:
+        assert all(torch.equal(a, b) for a, b in zip(fast, own_work(model, work), strict=True))
+    said = capsys.readouterr().out
+    assert said.count("\n") == said.count("The fast path steps aside for") == 1
+    assert type(model).__name__ in said and reason in said and hf.__version__ in said
+    untouched, usual = work_of(kind, "qwen2", tokens, pad_left)
+    if wrong is other_rotary:  # another model goes on as before
+        both(untouched, usual)
+
+
+def test_gradients_are_compared_too(monkeypatch, capsys, pad_left, pad_right):
+    tokens = *pad_left(PROMPTS, 44), *pad_right(ANSWERS, 44)
+    other_gradients(monkeypatch)
+    model, work = work_of("training", "opt", tokens, pad_left)
+    score = torch.no_grad()(lambda: util.response_logprobs(model, *tokens))
+    both(model, score)
+    assert not capsys.readouterr().out
+    found = work()
+    assert "its gradients are off by" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(found, own_work(model, work), strict=True))
+    refused(model, score)  # from here on everything is the model's own
+    assert not capsys.readouterr().out
+
+
+def test_an_adapter_is_another_use(monkeypatch, capsys, pad_left):
+    policy = adapted("llama")
+    weight = fast_path.merged_weight
+    forget = lambda m: weight(m.base_layer if hasattr(m, "base_layer") else m)  # noqa: E731
+    monkeypatch.setattr(fast_path, "merged_weight", forget)
+    work = functools.partial(write, policy, PROMPTS * 2, pad_left)
+    with policy.disable_adapter():
+        both(policy, work)
+    assert not capsys.readouterr().out
+    found = work()
+    assert "The fast path steps aside for LlamaForCausalLM" in capsys.readouterr().out
+    with plainly():
+        assert all(torch.equal(a, b) for a, b in zip(found, work()))
+
+
+@pytest.mark.parametrize("name, part", [("opt", "dropout"), ("gpt2", "embd_pdrop")])
+def test_the_comparison_leaves_no_trace_and_reads_little(name, part, pad_left, pad_right):
+    model = made(name, **{part: 0.2}).train()
+    layers_of(model)[0].eval()
+    modes = [module.training for module in model.modules()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    tokens = *pad_left([[5, 9, 3] * 40] * 30, 44), *pad_right([[8, 1]] * 30, 44)
+    read, own = [], fast_path.run_packed
+    layers = watched(type(layers_of(model)[0]))
+    with pytest.MonkeyPatch.context() as patch, layers as calls:
+        patch.setattr(fast_path, "run_packed", lambda d, b: read.append(len(b.ids)) or own(d, b))
+        torch.manual_seed(5)
+        util.response_logprobs(model, *tokens)
+        once = torch.get_rng_state()
+        assert len(read) == 2 and read[0] <= 16 and all(c[0] * c[1] <= 16 for c in calls) and calls
+        torch.manual_seed(5)
+        util.response_logprobs(model, *tokens)
+        assert torch.equal(torch.get_rng_state(), once)
+        assert len(read) == 3 and len(calls) == 2
+    assert modes == [module.training for module in model.modules()]
+    assert all((parameter.grad == 7).all() for parameter in model.parameters())
+
+
+def test_memory_that_runs_out_in_the_comparison_is_no_difference(monkeypatch, tokens):
+    def full(*_):
+        raise MemoryError
+
+    model = made("opt")
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_path, "run_packed", full)
+        with pytest.raises(MemoryError):
+            util.response_logprobs(model, *tokens)
+    both(model, lambda: util.response_logprobs(model, *tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_agree(name, dtype, tokens, pad_left, capsys):
+    model = made(name).to(dtype)
+    work = functools.partial(gradients, model, lambda: loss_of(model, tokens))
+    fast, slow = both(model, work)
+    largest = max(g.abs().max().item() for g in slow.values())
+    assert apart(fast.values(), slow.values()) < 0.1 * largest
+    both(model, lambda: write(model, PROMPTS, pad_left))
+    assert not capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory of the plain path
+
+BIG = 3001
+SOFT = SHARED | dict(head_dim=8, vocab_size=BIG, initializer_range=0.3)
+OTHERS = {
+    "pythia": (hf.GPTNeoXConfig, SIZE | dict(intermediate_size=48)),
+    "phi": (hf.PhiConfig, SHARED),
+    "gemma2": (hf.Gemma2Config, SOFT | dict(final_logit_softcapping=2.0)),
+    "cohere": (hf.CohereConfig, SHARED | dict(logit_scale=0.3)),
+    "granite": (hf.GraniteConfig, SHARED | dict(logits_scaling=5.0)),
+}
+
+
+class Sizes(TorchDispatchMode):
+    """The number of elements of the largest tensor that anything returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+def other(name):
+    kind, shape = OTHERS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = kind(**IDS | shape | dict(vocab_size=BIG, initializer_range=0.3))
+        return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_plain_path_makes_only_those_logits_that_somebody_wants(
+    name, learns, pad_left, pad_right, capsys
+):
+    model, answers = other(name), [[7] * 50, *ANSWERS[1:]]
+    tokens = *pad_left(PROMPTS, 44), *pad_right(answers, 44)
+    wanted = sum(map(len, answers))
+    with torch.set_grad_enabled(learns):
+        util.answer_logits(model, *tokens)
+        with Sizes() as sizes:
+            logits = util.answer_logits(model, *tokens)
+        with Sizes() as scoring:
+            logprobs, _ = util.response_logprobs(model, *tokens)
+    assert logits.shape == (wanted, BIG) and logits.requires_grad == learns
+    assert sizes.largest == scoring.largest == wanted * BIG
+    ids = [torch.tensor([prompt + answer]) for prompt, answer in zip(PROMPTS, answers)]
+    own = [
+        model(input_ids=row).logits[0, len(prompt) - 1 : -1] for row, prompt in zip(ids, PROMPTS)
+    ]
+    assert (logits - torch.cat(own)).abs().max() < 1e-4
+    assert not capsys.readouterr().out
+
+
+def test_a_model_whose_logits_depend_on_their_neighbours_gets_whole_rows(pad_left, pad_right):
+    class Mixing(hf.PhiForCausalLM):
+        def forward(self, *args, **more):
+            out = super().forward(*args, **more)
+            out.logits = out.logits - out.logits.mean(1, keepdim=True)
+            return out
+
+    config = hf.PhiConfig(**IDS | SHARED)
+    with torch.random.fork_rng(devices=[]):
+        model = Mixing(config).eval()
+    ids, mask = pad_left([[5, 9, 3, 7, 8], [7, 2, 6, 4, 3]])
+    wanted = mask.clone()
+    found, _ = fast_path.hidden_states(model, ids, mask, wanted)
+    own = model(input_ids=ids).logits.flatten(0, 1)
+    assert (found - own).abs().max() < 1e-5
+    assert agreement.CHECKED[model]["short head"]["refused"] is False
+
+
+def test_hooks_on_the_plain_path_see_each_batch_once(pad_left, pad_right):
+    model, seen = other("phi"), []
+    layers_of(model)[0].register_forward_hook(lambda *_: seen.append(1))
+    util.response_logprobs(model, *pad_left(PROMPTS, 44), *pad_right(ANSWERS, 44))
+    assert len(seen) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Machines and releases
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_layout_waits_for_a_gpu_once(pad_left, pad_right):
+    tokens = [x.cuda() for x in (*pad_left(ALIKE, 44), *pad_right(REPLIES, 44))]
+    args = *util.before_each_token(*tokens), util.before_answers(tokens[0], tokens[3])
+    fast_path.layout(*args)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning) as waits:
+            made = fast_path.layout(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
+    host = fast_path.layout(*(x.cpu() for x in args))
+    assert torch.equal(made.ids.cpu(), host.ids) and torch.equal(made.wanted.cpu(), host.wanted)
+
+
+def test_the_tested_releases_begin_where_the_project_begins(root):
+    needs = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    floor = next(need for need in needs if need.startswith("transformers>="))
+    assert agreement.TESTED[0] == floor.removeprefix("transformers>=") + ".0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", agreement.TESTED)
+def test_this_file_passes_with_the_oldest_and_the_newest_release(release, root, tmp_path):
+    """Needs the network: pip fetches transformers, and what it wants in another release."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*pip, str(tmp_path), f"transformers=={release}"], check=True)
+    needs = next(metadata.distributions(path=[str(tmp_path)])).requires
+    own = re.compile(r"(tokenizers|huggingface-hub|safetensors)[^;]*$")
+    subprocess.run([*pip, str(tmp_path), *filter(own.match, needs)], check=True)
+    paths = os.pathsep.join([str(tmp_path), str(root)])
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/test_fast_path.py", "-q", "-m", "not slow"],
+        cwd=root, env=os.environ | {"PYTHONPATH": paths, "EXPECTED_TRANSFORMERS": release},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout[-3000:]
+
+
+def test_the_release_is_the_one_that_was_asked_for():
+    assert hf.__version__ == os.environ.get("EXPECTED_TRANSFORMERS", hf.__version__)

@@ -1,0 +1,478 @@
+"""A fast path for six families: OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3.
+
+Four things make it fast. Rows are packed one behind the other without padding; only attention puts
+them side by side. Tokens that rows share at their start are computed once. Behind the last
+attention only the wanted positions go on. Generation multiplies by fused weights, and its keys and
+values have room from the beginning.
+
+This repeats code of transformers, which may change: `agree` compares it with the model's own
+forward, once per model and use. Any other model takes its own forward, the plain path, as do all
+where somebody empties FAMILIES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from lab import plain_path
+from lab.agreement import agree, refused, step_aside
+from lab.plain_path import forward, has_hooks, unwrapped
+
+BIG = 2**19  # elements from which a matrix is worth packing for oneDNN
+GROUPS = 8  # of rows of similar length that attend side by side on a CPU; a GPU takes all at once
+
+
+def hidden_states(model, ids, mask, wanted):
+    """Last hidden states where `wanted`, (B, T), is set, and the head that makes logits of them.
+
+    On the plain path these are the logits already, (N, V), and the head leaves them alone.
+    """
+    model = unwrapped(model)
+    hidden = packed_forward(model, ids, mask, wanted)
+    if hidden is not None:
+        return hidden, model.lm_head
+    return plain_path.logits_at(model, ids, mask, wanted), torch.nn.Identity()
+
+
+def scores(scorer, ids, mask, wanted):
+    """The scorer's numbers where `wanted`, (B, T), is set, (N,)."""
+    scorer = unwrapped(scorer)
+    hidden = packed_forward(scorer, ids, mask, wanted)
+    if hidden is None:
+        hidden = forward(scorer.base_model, ids, mask, use_cache=False).last_hidden_state[wanted]
+    return scorer.score(hidden)[:, 0].float()
+
+
+def start_decoding(model, prompt_ids, prompt_mask, room):
+    """A decoder that has read the prompts and can go on for `room` tokens, and the logits behind
+    them, (B, V)."""
+    model, last = unwrapped(model), torch.zeros_like(prompt_mask)
+    last[:, -1] = True
+    decoder = decoder_of(model)
+    batch = layout(prompt_ids, prompt_mask, last) if decoder else None
+    if batch:
+        cached = CachedDecoder(model, decoder, room)
+        paths = cached.replay, lambda ids, mask: plain_path.replay(model, ids, mask)
+        if agree(model, "fast path", "generating", prompt_ids, prompt_mask, *paths):
+            return cached, cached.read(batch)
+    plain = plain_path.PlainDecoder(model)
+    prompts = torch.stack([prompt_ids, prompt_mask.long()], 1)
+    prompts, copies = prompts.unique(dim=0, return_inverse=True)  # read once, answered often
+    logits = plain.read(prompts[:, 0], prompts[:, 1].bool())
+    plain.keep(copies)
+    return plain, logits[copies]
+
+
+# --------------------------------------------------------------------------------------------------
+# Families
+
+
+@dataclass
+class Layer:
+    """One decoder layer, in parts that go by the same names in every family."""
+
+    norm1: Callable
+    qkv: list  # one matrix or three
+    qk_norms: tuple  # of queries and keys, where a family has them
+    out: Callable
+    norm2: Callable
+    up: list
+    act: Callable
+    down: Callable
+    dropout: float = 0.0  # of what is added to the residual stream
+    attention_dropout: float = 0.0
+
+
+@dataclass
+class Decoder:
+    embed: Callable  # (ids, positions) -> (N, D)
+    rotary: Callable | None  # positions -> cosines and sines, (N, 1, d)
+    layers: list
+    norm: Callable
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def opt(body):
+    decoder, config = body.decoder, body.config
+    skips = body.training and decoder.layerdrop  # whole layers, now and then
+    if not config.do_layer_norm_before or decoder.project_in or skips:
+        return None
+    layers = [
+        Layer(
+            layer.self_attn_layer_norm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"], (),
+            layer.self_attn.out_proj, layer.final_layer_norm, [layer.fc1], layer.activation_fn,
+            layer.fc2, layer.dropout, layer.self_attn.dropout,
+        )
+        for layer in decoder.layers
+    ]  # fmt: skip
+
+    def embed(ids, positions):
+        return decoder.embed_tokens(ids) + decoder.embed_positions(None, position_ids=positions)
+
+    heads = config.num_attention_heads
+    norm = decoder.final_layer_norm or torch.nn.Identity()
+    return Decoder(embed, None, layers, norm, heads, heads, config.hidden_size // heads)
+
+
+def gpt2(body):
+    config = body.config
+    scaled = config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn
+    if scaled or not config.scale_attn_weights or config.add_cross_attention:
+        return None
+    layers = [
+        Layer(
+            layer.ln_1, [layer.attn.c_attn], (), layer.attn.c_proj, layer.ln_2, [layer.mlp.c_fc],
+            layer.mlp.act, layer.mlp.c_proj, layer.mlp.dropout.p, layer.attn.attn_dropout.p,
+        )
+        for layer in body.h
+    ]  # fmt: skip
+
+    def embed(ids, positions):
+        return body.drop(body.wte(ids) + body.wpe(positions))
+
+    heads = config.num_attention_heads
+    return Decoder(embed, None, layers, body.ln_f, heads, heads, config.hidden_size // heads)
+
+
+def llama(body):
+    """Llama, Mistral and Qwen: rotary positions, gated MLPs, fewer keys than queries."""
+    config = body.config
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
+    if slides or body.rotary_emb.rope_type in ("dynamic", "longrope"):
+        return None
+    layers = []
+    for layer in body.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        qk_norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else ()
+        layers.append(
+            Layer(
+                layer.input_layernorm, [attn.q_proj, attn.k_proj, attn.v_proj], qk_norms,
+                attn.o_proj, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj],
+                lambda gate, up, act=mlp.act_fn: act(gate) * up, mlp.down_proj,
+                attention_dropout=attn.attention_dropout,
+            )
+        )  # fmt: skip
+
+    def rotary(positions):
+        return [x[0][:, None] for x in body.rotary_emb(body.norm.weight, positions[None])]
+
+    return Decoder(
+        lambda ids, positions: body.embed_tokens(ids), rotary, layers, body.norm,
+        config.num_attention_heads, config.num_key_value_heads, body.layers[0].self_attn.head_dim,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    transformers.OPTModel: opt,
+    transformers.GPT2Model: gpt2,
+    transformers.LlamaModel: llama,
+    transformers.MistralModel: llama,
+    transformers.Qwen2Model: llama,
+    transformers.Qwen3Model: llama,
+}
+
+
+def decoder_of(model):
+    """The parts of a model whose forward is just what transformers ships; None for any other."""
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if type(body) not in FAMILIES or not type(model).__module__.startswith("transformers."):
+        return None
+    modules = list(model.modules())
+    recomputes = any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules)
+    if recomputes or any(map(has_hooks, modules)) or refused(model, "fast path"):
+        return None
+    try:
+        decoder = FAMILIES[type(body)](body)
+    except AttributeError as error:
+        step_aside(model, "fast path", error)
+        return None
+    if decoder and not body.training:
+        still = dict(dropout=0.0, attention_dropout=0.0)
+        decoder.layers = [replace(layer, **still) for layer in decoder.layers]
+    return decoder
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass
+class PackedBatch:
+    """The real tokens of a batch one behind the other; what rows share at their start only once."""
+
+    lengths: torch.Tensor  # (B,), of the rows
+    ids: torch.Tensor  # (N,)
+    positions: torch.Tensor  # (N,), counted from the row's first real token
+    wanted: torch.Tensor  # different tokens that are wanted
+    copies: torch.Tensor  # which of `wanted` each wanted position takes
+    twins: torch.Tensor  # (B,), the row that attends for each: the same text attends once
+    slots: torch.Tensor | None  # the token in each slot of each group's rows; None: one in each
+    home: torch.Tensor | None  # (N,), the slot from which each token takes what it sees
+    groups: list  # (rows, length): rows of similar length, which attend side by side
+
+    def attention(self, q, k, v, dropout=0.0, store=None):
+        """What each token sees of its own row up to itself, (N, heads * d).
+
+        `store(rows, k, v)` may take the keys and values of each group along.
+        """
+        if self.slots is not None:
+            q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
+        sizes, seen = [len(rows) * length for rows, length in self.groups], []
+        head_dim = q.shape[-1]
+        for (rows, length), *parts in zip(self.groups, *(x.split(sizes) for x in (q, k, v))):
+            # (rows * length, heads, d) -> (rows, heads, length, d), padded on the right
+            shape = len(rows), length, -1, head_dim
+            q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+            if store:
+                store(rows, k, v)
+            if q.shape[1] > k.shape[1]:  # several queries share a key
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            seen.append(out.transpose(1, 2).reshape(len(rows) * length, -1))
+        seen = torch.cat(seen)
+        return seen if self.home is None else seen.index_select(0, self.home)
+
+
+def layout(ids, mask, wanted):
+    """Padded rows (B, T) as a packed batch. None where a row has gaps or no tokens, or something is
+    wanted where there is no token.
+
+    All of it is worked out on the CPU: a GPU waits for one copy there and gets one back.
+    """
+    device = ids.device
+    ids, mask, wanted = torch.stack([ids, mask.long(), wanted.long()]).cpu()
+    starts = F.pad(mask, (1, 0)).diff(dim=1) > 0
+    if (starts.sum(1) != 1).any() or (wanted > mask).any():
+        return None
+    lengths = mask.sum(1)
+    texts = [text.tolist() for text in ids[mask.bool()].split(lengths.tolist())]
+    # A tree of tokens: two are one where all before them is the same, too. Its leaves are texts.
+    numbers, paths, leader, own = {}, {}, {}, {}
+    for row in lengths.argsort(stable=True).tolist():  # short rows first
+        known, last = len(numbers), None
+        paths[row] = [last := numbers.setdefault((last, x), len(numbers)) for x in texts[row]]
+        own[row] = len(numbers) - known  # at its end
+        leader.setdefault(last, row)
+    rows, groups, positions, slots, home = list(leader.values()), [], [], [], []
+    size = -(-len(rows) // (GROUPS if device.type == "cpu" else 1))
+    for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        width = len(paths[part[-1]])
+        for row in part:
+            path = paths[row]
+            places = range(len(path) - own[row], len(path))
+            positions += places
+            home += [len(slots) + place for place in places]
+            slots += path + [0] * (width - len(path))
+        groups.append((torch.tensor(part), width))
+    order = range(len(texts))
+    place = torch.tensor([*chain(*(paths[row] for row in order))])
+    place = torch.zeros_like(ids).masked_scatter(mask.bool(), place)  # (B, T)
+    fields = [x for _, x in numbers], positions, [leader[paths[row][-1]] for row in order]
+    fields = *map(torch.tensor, (*fields, slots, home)), lengths
+    fields += place[wanted.bool()].unique(return_inverse=True)
+    ids, positions, twins, slots, home, lengths, found, copies, *rows = move(
+        [*fields, *(rows for rows, _ in groups)], device
+    )
+    if len(slots) == len(home):  # each token lies in its slot already
+        slots = home = None
+    groups = [(part, width) for part, (_, width) in zip(rows, groups)]
+    return PackedBatch(lengths, ids, positions, found, copies, twins, slots, home, groups)
+
+
+def move(vectors, device):
+    """Vectors of whole numbers to the device, all in one piece."""
+    if device.type == "cpu":
+        return vectors
+    whole = torch.cat(vectors)
+    whole = whole.pin_memory() if device.type == "cuda" else whole
+    return whole.to(device, non_blocking=True).split([len(vector) for vector in vectors])
+
+
+def packed_forward(model, ids, mask, wanted):
+    """Last hidden states where `wanted` is set, (N, D); None where the plain path has to do it."""
+    decoder = decoder_of(model)
+    batch = layout(ids, mask, wanted) if decoder else None
+    if batch is None:
+        return None
+    scorer = not hasattr(model, "lm_head")
+
+    def fast(ids, mask):
+        hidden = run_packed(decoder_of(model), layout(ids, mask, mask))
+        return hidden if scorer else model.lm_head(hidden)
+
+    def plain(ids, mask):
+        if scorer:
+            return forward(model.base_model, ids, mask, use_cache=False).last_hidden_state[mask]
+        return forward(model, ids, mask, use_cache=False).logits[mask]
+
+    if not agree(model, "fast path", "scoring", ids, mask, fast, plain):
+        return None
+    return run_packed(decoder, batch)
+
+
+def run_packed(decoder, batch):
+    def attend(i, q, k, v):
+        return batch.attention(q, k, v, decoder.layers[i].attention_dropout)
+
+    hidden = run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted)
+    return hidden.index_select(0, batch.copies)
+
+
+def run_layers(decoder, ids, positions, attend, wanted=None):
+    """All layers, for N tokens; behind the last attention only those that are wanted, (N, D)."""
+    x = decoder.embed(ids, positions)
+    angles = decoder.rotary(positions) if decoder.rotary else None
+    for i, layer in enumerate(decoder.layers):
+        seen = attend(i, *qkv(decoder, layer, layer.norm1(x), angles))
+        if wanted is not None and i == len(decoder.layers) - 1:
+            x, seen = x.index_select(0, wanted), seen.index_select(0, wanted)
+        x = x + drop(layer.out(seen), layer.dropout)
+        normed = layer.norm2(x)
+        x = x + drop(layer.down(layer.act(*(up(normed) for up in layer.up))), layer.dropout)
+    return decoder.norm(x)
+
+
+def qkv(decoder, layer, x, angles):
+    """Queries, keys and values, (N, heads, d) each."""
+    sizes = [n * decoder.head_dim for n in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
+    made = [matrix(x) for matrix in layer.qkv]
+    made = made[0].split(sizes, -1) if len(made) == 1 else made
+    q, k, v = (part.view(len(x), -1, decoder.head_dim) for part in made)
+    if layer.qk_norms:
+        q, k = layer.qk_norms[0](q), layer.qk_norms[1](k)
+    return (apply_rotary(q, *angles), apply_rotary(k, *angles), v) if angles else (q, k, v)
+
+
+def apply_rotary(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def drop(x, p):
+    return F.dropout(x, p) if p else x
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+class CachedDecoder:
+    """Reads prompts, then one more token a row at a time, with the weights of this moment."""
+
+    def __init__(self, model, decoder, room):
+        self.decoder = replace(decoder, layers=[fused_layer(x) for x in decoder.layers])
+        self.head, self.room = fused([model.lm_head]), max(room, 2)
+
+    def read(self, batch):
+        """Logits behind each prompt of a packed batch, (B, V)."""
+        # (B, heads, d, P + room) and (B, heads, P + room, d) for each layer, filled from the left:
+        # what one query multiplies is contiguous.
+        self.keys, self.values, decoder = [], [], self.decoder
+        self.use(batch.lengths)
+        size = len(self.at), decoder.kv_heads, self.longest + self.room, decoder.head_dim
+
+        def attend(i, q, k, v):
+            keys, values = k.new_zeros(size).mT.contiguous(), v.new_zeros(size)
+
+            def store(rows, k, v):
+                keys[rows, :, :, : k.shape[2]], values[rows, :, : v.shape[2]] = k.mT, v
+
+            self.keys.append(keys)
+            self.values.append(values)
+            return batch.attention(q, k, v, store=store)
+
+        logits = self.head(run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted))
+        if len(batch.wanted) < len(batch.copies):
+            self.keep(batch.twins)
+        return logits.index_select(0, batch.copies)
+
+    def replay(self, ids, mask):
+        """What the function `replay` finds with the model's own forward."""
+        last = F.one_hot(mask.sum(1) - 1, ids.shape[1]).bool()
+        logits = [self.read(layout(ids, mask, last))] + [self.next(ids[:, 0]) for _ in range(2)]
+        return torch.stack(logits, 1)
+
+    def keep(self, rows):
+        """Goes on with these rows only; a row may be named several times."""
+        self.keys, self.values = ([part[rows] for part in x] for x in (self.keys, self.values))
+        self.use(self.at[rows])
+
+    def use(self, at):
+        """`at`, (B,): where each row goes on."""
+        self.at, self.rows = at, torch.arange(len(at), device=at.device)
+        shortest, self.longest = torch.stack(at.aminmax()).tolist()
+        self.equal = shortest == self.longest
+
+    def next(self, token):
+        """Logits behind one more token in each row, (B, V)."""
+        rows, at = (slice(None), self.longest) if self.equal else (self.rows, self.at)
+        self.longest += 1
+        decoder, T, B = self.decoder, self.longest, len(token)
+        ahead = torch.arange(T, device=token.device) > self.at[:, None]  # (B, T)
+        mask = torch.zeros(ahead.shape, device=token.device).masked_fill(ahead, -torch.inf)
+        mask = mask.repeat_interleave(decoder.kv_heads, dim=0)[:, None]  # (B * heads, 1, T)
+
+        def attend(i, q, k, v):
+            self.keys[i][rows, :, :, at], self.values[i][rows, :, at] = k, v
+            k, v = self.keys[i].flatten(0, 1)[:, :, :T], self.values[i].flatten(0, 1)[:, :T]
+            q = q.reshape(len(k), -1, decoder.head_dim)  # queries that share a key stand together
+            weights = torch.baddbmm(mask.to(q.dtype), q, k, alpha=decoder.head_dim**-0.5)
+            return torch.bmm(weights.softmax(-1), v).view(B, -1)
+
+        hidden = run_layers(decoder, token, self.at, attend)
+        self.at = self.at + 1
+        return self.head(hidden)
+
+
+def fused_layer(layer):
+    up, parts = [fused([matrix]) for matrix in layer.up], dict(out=layer.out, down=layer.down)
+    parts = {name: fused([matrix]) for name, matrix in parts.items()}
+    return replace(layer, qkv=[fused(layer.qkv)], up=up, **parts, dropout=0.0)
+
+
+def fused(matrices):
+    """Several matrices as one, in the order and precision in which they will be used."""
+    parts, biases = [merged_weight(m) for m in matrices], [m.bias for m in matrices]
+    if any(part is None for part in parts) or len({b is None for b in biases}) > 1:
+        return lambda x: torch.cat([matrix(x) for matrix in matrices], -1)
+    weight = torch.cat(parts) if parts[1:] else parts[0]
+    bias = torch.cat(biases) if biases[1:] and biases[0] is not None else biases[0]
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        weight = weight.to(torch.get_autocast_dtype(device))
+    elif worth_packing(weight):  # oneDNN wants blocks: made once here, not at every token
+        op = torch.ops.mkldnn
+        weight = op._reorder_linear_weight(weight.detach())
+        return lambda x: op._linear_pointwise(x, weight, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
+
+
+def worth_packing(weight):
+    big = weight.numel() >= BIG and weight.dtype == torch.float32
+    return big and weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def merged_weight(matrix):
+    """(out, in), an adapter's share included; None where that cannot be said (4 bits, say)."""
+    if hasattr(matrix, "get_delta_weight"):
+        variants = getattr(matrix, "use_dora", {}), getattr(matrix, "lora_bias", {})
+        off = matrix.disable_adapters or matrix.merged
+        weight = merged_weight(matrix.base_layer)
+        if any(any(x.values()) for x in variants) or (matrix.merged and matrix.disable_adapters):
+            return None
+        if off or weight is None:
+            return weight
+        deltas = [matrix.get_delta_weight(name) for name in matrix.active_adapters]
+        transposed = type(matrix.base_layer) is Conv1D
+        return sum((delta.T if transposed else delta for delta in deltas), start=weight)
+    if type(matrix) is torch.nn.Linear:
+        return matrix.weight
+    return matrix.weight.T if type(matrix) is Conv1D else None
