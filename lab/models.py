@@ -334,7 +334,7 @@ def frozen(model, cfg):
 
 def finest_dtype(device):
     """float64 where the device has it: MPS has not."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 @contextmanager
