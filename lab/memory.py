@@ -122,7 +122,7 @@ def of_update(loss, models):
         where = storage.data_ptr()
         if where not in own:
             (copies if made_of_weights(x, shapes) else kept)[where] = storage.nbytes()
-        return x
+        return x.detach()  # with its graph it would hold itself for ever
 
     watched = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
     with torch.random.fork_rng(devices), torch.enable_grad(), watched:

@@ -1,9 +1,11 @@
 """Freed memory stays with the process; pieces are as large as memory allows."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -109,7 +111,7 @@ def kept_of(model, loss_of, rows):
 
     def note(x):
         blocks[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         told = loss_of(rows)
@@ -160,6 +162,31 @@ def test_measuring_leaves_no_trace(actor):
     optimiser_of(model, cfg).update_size(ROWS, dropping)
     assert torch.equal(torch.get_rng_state(), luck)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_measuring_holds_no_memory_afterwards(actor):
+    model, cfg, loss_of, _ = actor
+    alive = []
+
+    class Passes(torch.autograd.Function):
+        """Lives as long as what torch keeps for the backward pass."""
+
+        @staticmethod
+        def forward(ctx, x):
+            alive.append(weakref.ref(ctx))
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def marked(rows):
+        loss, *more = loss_of(rows)
+        return Passes.apply(loss).exp(), *more
+
+    optimiser_of(model, cfg).update_size(ROWS, marked)
+    gc.collect()
+    assert [ref() for ref in alive] == [None]
 
 
 def test_a_longer_row_is_measured_when_it_comes(actor):
