@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, fast_path, matmul, models, trouble, world
+from lab import CourseError, decoding, fast_path, matmul, models, trouble, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
@@ -124,8 +124,8 @@ def before_answers(prompt_ids, response_mask):
 def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """Logits that predict each real answer token, (N, V): position t sees everything before t."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
-    found, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
-    return head(found).float()
+    hidden, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
+    return head(hidden).float()
 
 
 def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -178,7 +178,7 @@ def generate(
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     luck = lots(B, max_new_tokens, generator, device)
     with models.eval_mode(model):
-        reader, logits = fast_path.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
+        reader, logits = decoding.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
         for t in range(max_new_tokens):
             token, logprob = pick(logits.float(), luck[live, t], temperature, top_k, top_p)
             ids[live, t], logprobs[live, t] = token, logprob
@@ -259,16 +259,19 @@ def response_logprobs(
     time: all logits of a large vocabulary would fill the memory.
     """
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
-    found, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
-    tokens, pieces = response_ids[response_mask], []
-    size = max(1, len(tokens)) if torch.is_grad_enabled() else 128
-    for state, token in zip(found.split(size), tokens.split(size)):
-        logits = head(state).float()  # (n, V)
+    hidden, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
+    tokens = response_ids[response_mask]
+
+    def measure(hidden, tokens):
+        logits = head(hidden).float()  # (n, V)
         logits = logits if temperature == 1 else logits / temperature
         undecided = torch.zeros_like(logits[:, 0])
         if entropy:  # computed anew where somebody wants its gradient: nothing is kept for that
             undecided = checkpoint(entropies, logits, use_reentrant=False)
-        pieces.append((token_logprobs(logits, token), undecided))
+        return token_logprobs(logits, tokens), undecided
+
+    size = max(1, len(tokens)) if torch.is_grad_enabled() else 128
+    pieces = map(measure, hidden.split(size), tokens.split(size))
     return tuple(spread(torch.cat(column), response_mask) for column in zip(*pieces))
 
 
@@ -789,8 +792,8 @@ def pretrain(cfg, stage):
 def next_token_loss(model, ids):
     """Cross-entropy of every token given those before it; ids (B, T)."""
     read = ids[:, :-1], torch.ones_like(ids[:, 1:], dtype=torch.bool)
-    found, head = fast_path.hidden_states(model, *read, read[1])
-    return F.cross_entropy(head(found).float(), ids[:, 1:].flatten())
+    hidden, head = fast_path.hidden_states(model, *read, read[1])
+    return F.cross_entropy(head(hidden).float(), ids[:, 1:].flatten())
 
 
 @torch.no_grad()

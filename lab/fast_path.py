@@ -1,9 +1,8 @@
 """A fast path for six families: OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-Four things make it fast. Rows are packed one behind the other without padding; only attention puts
+Three things make it fast. Rows are packed one behind the other without padding; only attention puts
 them side by side. Tokens that rows share at their start are computed once. Behind the last
-attention only the wanted positions go on. Generation multiplies by fused weights, and its keys and
-values have room from the beginning.
+attention only the wanted positions go on. (lab/decoding.py generates with the same layers.)
 
 This repeats code of transformers, which may change: `agree` compares it with the model's own
 forward, once per model and use. Any other model takes its own forward, the plain path, as do all
@@ -17,13 +16,11 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers.pytorch_utils import Conv1D
 
 from lab import plain_path
 from lab.agreement import agree, refused, step_aside
 from lab.plain_path import forward, has_hooks, unwrapped
 
-BIG = 2**19  # elements from which a matrix is worth packing for oneDNN
 GROUPS = 8  # of rows of similar length that attend side by side on a CPU; a GPU takes all at once
 
 
@@ -46,26 +43,6 @@ def scores(scorer, ids, mask, wanted):
     if hidden is None:
         hidden = forward(scorer.base_model, ids, mask, use_cache=False).last_hidden_state[wanted]
     return scorer.score(hidden)[:, 0].float()
-
-
-def start_decoding(model, prompt_ids, prompt_mask, room):
-    """A decoder that has read the prompts and can go on for `room` tokens, and the logits behind
-    them, (B, V)."""
-    model, last = unwrapped(model), torch.zeros_like(prompt_mask)
-    last[:, -1] = True
-    decoder = decoder_of(model)
-    batch = layout(prompt_ids, prompt_mask, last) if decoder else None
-    if batch:
-        cached = CachedDecoder(model, decoder, room)
-        paths = cached.replay, lambda ids, mask: plain_path.replay(model, ids, mask)
-        if agree(model, "fast path", "generating", prompt_ids, prompt_mask, *paths):
-            return cached, cached.read(batch)
-    plain = plain_path.PlainDecoder(model)
-    prompts = torch.stack([prompt_ids, prompt_mask.long()], 1)
-    prompts, copies = prompts.unique(dim=0, return_inverse=True)  # read once, answered often
-    logits = plain.read(prompts[:, 0], prompts[:, 1].bool())
-    plain.keep(copies)
-    return plain, logits[copies]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,121 +335,3 @@ def apply_rotary(x, cos, sin):
 
 def drop(x, p):
     return F.dropout(x, p) if p else x
-
-
-# --------------------------------------------------------------------------------------------------
-# Generation
-
-
-class CachedDecoder:
-    """Reads prompts, then one more token a row at a time, with the weights of this moment."""
-
-    def __init__(self, model, decoder, room):
-        self.decoder = replace(decoder, layers=[fused_layer(x) for x in decoder.layers])
-        self.head, self.room = fused([model.lm_head]), max(room, 2)
-
-    def read(self, batch):
-        """Logits behind each prompt of a packed batch, (B, V)."""
-        # (B, heads, d, P + room) and (B, heads, P + room, d) for each layer, filled from the left:
-        # what one query multiplies is contiguous.
-        self.keys, self.values, decoder = [], [], self.decoder
-        self.use(batch.lengths)
-        size = len(self.at), decoder.kv_heads, self.longest + self.room, decoder.head_dim
-
-        def attend(i, q, k, v):
-            keys, values = k.new_zeros(size).mT.contiguous(), v.new_zeros(size)
-
-            def store(rows, k, v):
-                keys[rows, :, :, : k.shape[2]], values[rows, :, : v.shape[2]] = k.mT, v
-
-            self.keys.append(keys)
-            self.values.append(values)
-            return batch.attention(q, k, v, store=store)
-
-        logits = self.head(run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted))
-        if len(batch.wanted) < len(batch.copies):
-            self.keep(batch.twins)
-        return logits.index_select(0, batch.copies)
-
-    def replay(self, ids, mask):
-        """What the function `replay` finds with the model's own forward."""
-        last = F.one_hot(mask.sum(1) - 1, ids.shape[1]).bool()
-        logits = [self.read(layout(ids, mask, last))] + [self.next(ids[:, 0]) for _ in range(2)]
-        return torch.stack(logits, 1)
-
-    def keep(self, rows):
-        """Goes on with these rows only; a row may be named several times."""
-        self.keys, self.values = ([part[rows] for part in x] for x in (self.keys, self.values))
-        self.use(self.at[rows])
-
-    def use(self, at):
-        """`at`, (B,): where each row goes on."""
-        self.at, self.rows = at, torch.arange(len(at), device=at.device)
-        shortest, self.longest = torch.stack(at.aminmax()).tolist()
-        self.equal = shortest == self.longest
-
-    def next(self, token):
-        """Logits behind one more token in each row, (B, V)."""
-        rows, at = (slice(None), self.longest) if self.equal else (self.rows, self.at)
-        self.longest += 1
-        decoder, T, B = self.decoder, self.longest, len(token)
-        ahead = torch.arange(T, device=token.device) > self.at[:, None]  # (B, T)
-        mask = torch.zeros(ahead.shape, device=token.device).masked_fill(ahead, -torch.inf)
-        mask = mask.repeat_interleave(decoder.kv_heads, dim=0)[:, None]  # (B * heads, 1, T)
-
-        def attend(i, q, k, v):
-            self.keys[i][rows, :, :, at], self.values[i][rows, :, at] = k, v
-            k, v = self.keys[i].flatten(0, 1)[:, :, :T], self.values[i].flatten(0, 1)[:, :T]
-            q = q.reshape(len(k), -1, decoder.head_dim)  # queries that share a key stand together
-            weights = torch.baddbmm(mask.to(q.dtype), q, k, alpha=decoder.head_dim**-0.5)
-            return torch.bmm(weights.softmax(-1), v).view(B, -1)
-
-        hidden = run_layers(decoder, token, self.at, attend)
-        self.at = self.at + 1
-        return self.head(hidden)
-
-
-def fused_layer(layer):
-    up, parts = [fused([matrix]) for matrix in layer.up], dict(out=layer.out, down=layer.down)
-    parts = {name: fused([matrix]) for name, matrix in parts.items()}
-    return replace(layer, qkv=[fused(layer.qkv)], up=up, **parts, dropout=0.0)
-
-
-def fused(matrices):
-    """Several matrices as one, in the order and precision in which they will be used."""
-    parts, biases = [merged_weight(m) for m in matrices], [m.bias for m in matrices]
-    if any(part is None for part in parts) or len({b is None for b in biases}) > 1:
-        return lambda x: torch.cat([matrix(x) for matrix in matrices], -1)
-    weight = torch.cat(parts) if parts[1:] else parts[0]
-    bias = torch.cat(biases) if biases[1:] and biases[0] is not None else biases[0]
-    device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        weight = weight.to(torch.get_autocast_dtype(device))
-    elif worth_packing(weight):  # oneDNN wants blocks: made once here, not at every token
-        op = torch.ops.mkldnn
-        weight = op._reorder_linear_weight(weight.detach())
-        return lambda x: op._linear_pointwise(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
-
-
-def worth_packing(weight):
-    big = weight.numel() >= BIG and weight.dtype == torch.float32
-    return big and weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def merged_weight(matrix):
-    """(out, in), an adapter's share included; None where that cannot be said (4 bits, say)."""
-    if hasattr(matrix, "get_delta_weight"):
-        variants = getattr(matrix, "use_dora", {}), getattr(matrix, "lora_bias", {})
-        off = matrix.disable_adapters or matrix.merged
-        weight = merged_weight(matrix.base_layer)
-        if any(any(x.values()) for x in variants) or (matrix.merged and matrix.disable_adapters):
-            return None
-        if off or weight is None:
-            return weight
-        deltas = [matrix.get_delta_weight(name) for name in matrix.active_adapters]
-        transposed = type(matrix.base_layer) is Conv1D
-        return sum((delta.T if transposed else delta for delta in deltas), start=weight)
-    if type(matrix) is torch.nn.Linear:
-        return matrix.weight
-    return matrix.weight.T if type(matrix) is Conv1D else None

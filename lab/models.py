@@ -5,7 +5,6 @@ Nothing comes from a pickle, and code that a model brings along runs only when i
 
 import copy
 import importlib.util
-import inspect
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lab import CourseError
+from lab.plain_path import cache_argument
 from lab.tokens import FRAME, encoder, in_template, stops_of
 from lab.trouble import find_device, loading
 
@@ -120,7 +120,7 @@ def shape_of(path, cfg):
 def load_both(cfg, source, name, **extra):
     """Tokenizer and language model, after checking that they fit each other and the parameters."""
     model, tokenizer = load_actor(source, cfg, **extra), load_tokenizer(source, cfg)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_argument(model) is None:
         raise CourseError(f"{name} will not do: its forward has no past_key_values to go on from.")
     embedded = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > embedded:

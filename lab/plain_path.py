@@ -3,9 +3,8 @@
 import inspect
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
 
+from lab import CourseError
 from lab.agreement import agree
 
 
@@ -14,14 +13,35 @@ def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def forward(model, ids, mask, **extra):
+def arguments(model):
+    """The names that the model's forward knows. A subclass may only pass on what it gets: the first
+    forward that spells out its arguments counts."""
+    kinds = (vars(kind) for kind in type(model).__mro__)
+    for function in (model.forward, *(kind["forward"] for kind in kinds if "forward" in kind)):
+        known = inspect.signature(function).parameters
+        if "input_ids" in known:
+            return known
+    return {}
+
+
+def cache_argument(model):
+    """The name of the cache, which transformers 5.24 has renamed; None if there is none."""
+    return next((name for name in ("cache", "past_key_values") if name in arguments(model)), None)
+
+
+def forward(model, ids, mask, cache=None, **extra):
     """The model's own forward over padded rows, with those arguments that it knows.
 
     Positions count real tokens only: padding on the left must not shift the text.
     """
-    known = inspect.signature(model.forward).parameters
     extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    known = arguments(model)
     extra = {name: value for name, value in extra.items() if name in known}
+    if cache is not None:
+        name = cache_argument(model)
+        if name is None:
+            raise CourseError(f"{type(model).__name__} cannot generate: its forward has no cache.")
+        extra[name] = cache
     return model(input_ids=ids, attention_mask=mask.long(), **extra)
 
 
@@ -59,35 +79,3 @@ def has_hooks(module):
     hooks += module._backward_hooks, module._backward_pre_hooks
     watched = any(hooks) and not isinstance(module, torch.nn.Embedding)
     return watched or "forward" in vars(module) or hasattr(module, "_hf_hook")
-
-
-class PlainDecoder:
-    """Generation with the model's own forward and cache."""
-
-    def __init__(self, model):
-        self.model, self.cache = model, DynamicCache(config=model.config)
-
-    def read(self, ids, mask):
-        """Logits behind the last column of ids, (B, V); the mask covers all that was read."""
-        self.mask, more = mask, dict(past_key_values=self.cache, logits_to_keep=1)
-        return forward(self.model, ids, mask, use_cache=True, **more).logits[:, -1]
-
-    def next(self, token):
-        """Logits behind one more token in each row, (B, V)."""
-        return self.read(token[:, None], F.pad(self.mask, (0, 1), value=True))
-
-    def keep(self, rows):
-        """Goes on with these rows only; a row may be named several times."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-
-
-def replay(model, ids, mask):
-    """Logits (B, 3, V) behind each row, and behind its first token once more, and again."""
-    ends = mask.sum(1, keepdim=True)  # (B, 1)
-    more = ends + torch.arange(2, device=ids.device)
-    ids = F.pad(ids, (0, 2)).scatter(1, more, ids[:, :1].expand_as(more))
-    mask = F.pad(mask, (0, 2)).scatter(1, more, True)
-    logits = forward(model, ids, mask, use_cache=False).logits
-    places = ends - 1 + torch.arange(3, device=ids.device)
-    return logits[torch.arange(len(ids), device=ids.device)[:, None], places]

@@ -158,7 +158,7 @@ def model(tmp_path):
 
 
 def take(model, **changes):
-    return util.choose_base(util.Config("smoke", base_model=str(model), **changes))
+    return util.choose_base(util.Config("smoke", base_model=str(model), **changes))[:2]
 
 
 def refused(model):
