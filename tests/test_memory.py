@@ -283,7 +283,7 @@ def result(folder, stage):
 
 
 def test_a_run_with_little_memory_goes_on_with_the_same_bits(begin, monkeypatch):
-    asked, sizes = dict(memory=0.6, actor_batch=8, checkpoint_every=2), []
+    asked, sizes = dict(memory=0.6, actor_batch=8, checkpoint_minutes=0), []
     whole = util.Optimiser.gradient
 
     def gradient(self, rows, loss_of, size):
