@@ -4,8 +4,6 @@ What repeats code of transformers may be wrong in its next release. So each mode
 on its first batch, for each use, and says so where they differ.
 """
 
-from weakref import WeakKeyDictionary
-
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -17,8 +15,11 @@ from lab.trouble import out_of_memory
 TESTED = "5.0.0", "5.24.0"
 # How far two ways to the same numbers may lie apart, as a share of their norm.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# {model: {path: {(use, ...): whether it agrees with the model's own forward}}}, filled by `agree`
-CHECKED = WeakKeyDictionary()
+
+
+def findings(model, path):
+    """{(use, ...): whether the path agrees with the model's own forward}, kept with the model."""
+    return vars(model).setdefault("_agreement", {}).setdefault(path, {})
 
 
 def agree(model, path, use, ids, mask, fast, plain):
@@ -29,7 +30,7 @@ def agree(model, path, use, ids, mask, fast, plain):
     takes the plain path for good. Without dropout, so no random number is drawn; modes and `.grad`
     stay as they are.
     """
-    known = CHECKED.setdefault(model, {}).setdefault(path, {})
+    known = findings(model, path)
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     adapter = "_disable_adapters", "merged_adapters"
     kinds = {(type(m), *(bool(vars(m).get(x)) for x in adapter)) for m in model.modules()}
@@ -41,15 +42,14 @@ def agree(model, path, use, ids, mask, fast, plain):
     if not texts:
         return False
     real = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).bool()
-    sample, modes = (pad_sequence(texts, batch_first=True), real), [*map(mode, model.modules())]
+    sample = pad_sequence(texts, batch_first=True), real
+    modes, most = [(module, module.training) for module in model.modules()], tolerance(model)
     model.eval()
     try:
         expected = outcome(model, plain(*sample), learns)
         found = outcome(model, fast(*sample), learns)
         off = {name: distance(found[name], expected[name]) for name in expected}
-        reason = [
-            f"its {name} are off by {x:.1g}" for name, x in off.items() if x > tolerance(model)
-        ]
+        reason = [f"its {name} are off by {x:.1g}" for name, x in off.items() if x > most]
     except Exception as error:  # whatever another release has renamed
         if out_of_memory(error):
             raise
@@ -64,20 +64,16 @@ def agree(model, path, use, ids, mask, fast, plain):
 
 
 def refused(model, path):
-    return not all(CHECKED.get(model, {}).get(path, {}).values())
+    return not all(findings(model, path).values())
 
 
 def step_aside(model, path, reason):
-    CHECKED.setdefault(model, {}).setdefault(path, {})["refused"] = False
+    findings(model, path)["refused"] = False
     versions = "transformers {}, tested with {} to {}".format(transformers.__version__, *TESTED)
     print(
         f"The {path} steps aside for {type(model).__name__}: {reason} ({versions}). The model's "
         "own forward does the work: as exact, but slower or with more memory."
     )
-
-
-def mode(module):
-    return module, module.training
 
 
 def autocast_dtype(model):

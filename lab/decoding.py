@@ -96,7 +96,7 @@ class CachedDecoder:
             return batch.attention(q, k, v, store=store)
 
         logits = self.head(run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted))
-        if len(batch.wanted) < len(batch.copies):
+        if len(batch.lengths) < len(batch.twins):
             self.keep(batch.twins)
         return logits.index_select(0, batch.copies)
 

@@ -185,15 +185,15 @@ def decoder_of(model):
 class PackedBatch:
     """The real tokens of a batch one behind the other; what rows share at their start only once."""
 
-    lengths: torch.Tensor  # (B,), of the rows
+    lengths: torch.Tensor  # (D,), of the different rows
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,), counted from the row's first real token
     wanted: torch.Tensor  # different tokens that are wanted
     copies: torch.Tensor  # which of `wanted` each wanted position takes
-    twins: torch.Tensor  # (B,), the row that attends for each: the same text attends once
+    twins: torch.Tensor  # (B,), which of the different rows each row of the batch equals
     slots: torch.Tensor | None  # the token in each slot of each group's rows; None: one in each
     home: torch.Tensor | None  # (N,), the slot from which each token takes what it sees
-    groups: list  # (rows, length): rows of similar length, which attend side by side
+    groups: list  # (rows, length): different rows of similar length, which attend side by side
 
     def attention(self, q, k, v, dropout=0.0, store=None):
         """What each token sees of its own row up to itself, (N, heads * d).
@@ -239,6 +239,7 @@ def layout(ids, mask, wanted):
         own[row] = len(numbers) - known  # at its end
         leader.setdefault(last, row)
     rows, groups, positions, slots, home = list(leader.values()), [], [], [], []
+    rank = {row: i for i, row in enumerate(sorted(rows))}
     size = -(-len(rows) // (GROUPS if device.type == "cpu" else 1))
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         width = len(paths[part[-1]])
@@ -248,12 +249,12 @@ def layout(ids, mask, wanted):
             positions += places
             home += [len(slots) + place for place in places]
             slots += path + [0] * (width - len(path))
-        groups.append((torch.tensor(part), width))
+        groups.append((torch.tensor([rank[row] for row in part]), width))
     order = range(len(texts))
     place = torch.tensor([*chain(*(paths[row] for row in order))])
     place = torch.zeros_like(ids).masked_scatter(mask.bool(), place)  # (B, T)
-    fields = [x for _, x in numbers], positions, [leader[paths[row][-1]] for row in order]
-    fields = *map(torch.tensor, (*fields, slots, home)), lengths
+    fields = [x for _, x in numbers], positions, [rank[leader[paths[row][-1]]] for row in order]
+    fields = *map(torch.tensor, (*fields, slots, home)), lengths[sorted(rows)]
     fields += place[wanted.bool()].unique(return_inverse=True)
     ids, positions, twins, slots, home, lengths, found, copies, *rows = move(
         [*fields, *(rows for rows, _ in groups)], device
