@@ -241,6 +241,7 @@ class Sturdy:
 
     def fit(self, work, name):
         """work(size) with as many rows at once as memory holds, on the CPU if it comes to that."""
+        memory.tidy(self.models)
         gpu = next(self.models[0].parameters()).device.type != "cpu"
         leave = self.leave_gpu if gpu and self.cfg.cpu_fallback else None
         return in_pieces(work, self.state, name, self.say, leave)
