@@ -12,7 +12,7 @@ import sys
 import psutil
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # glibc's names of what can be set
-LARGE = 2**27  # bytes of weights
+LARGE = 2**27  # bytes of weights: a piece takes seconds, and a moment to tidy up is little
 
 
 def c_library(function):
@@ -42,13 +42,6 @@ def trim():
     malloc_trim = c_library("malloc_trim")
     if malloc_trim:
         malloc_trim(0)
-
-
-def tidy(models):
-    """Before an update or a rollout of large models: what the phases leave between their blocks
-    would add up. It takes half a second, which is little only where a step takes many."""
-    if sum(p.nbytes for model in models for p in model.parameters()) > LARGE:
-        trim()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -241,10 +241,14 @@ class Sturdy:
 
     def fit(self, work, name):
         """work(size) with as many rows at once as memory holds, on the CPU if it comes to that."""
-        memory.tidy(self.models)
         gpu = next(self.models[0].parameters()).device.type != "cpu"
         leave = self.leave_gpu if gpu and self.cfg.cpu_fallback else None
         return in_pieces(work, self.state, name, self.say, leave)
+
+    def tidy(self):
+        """Holes that the last piece left between blocks in use would stay, and add up."""
+        if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
+            memory.trim()
 
     def leave_gpu(self):
         for model in (*self.models, *self.frozen):
