@@ -705,6 +705,7 @@ class Optimiser(Sturdy):
         self.adamw.zero_grad()
         parts, total, pieces = [], 0, chunks(rows, size)
         for piece in pieces:
+            self.tidy()
             with matmul.fast_matmul(self.models[0]):
                 with models.autocast(self.cfg, self.models[0]):
                     loss, weight, stats = loss_of(piece)

@@ -12,6 +12,7 @@ import sys
 import psutil
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # glibc's names of what can be set
+LARGE = 2**27  # bytes of weights: a piece takes seconds, and a moment to tidy up is little
 
 
 def c_library(function):
@@ -33,9 +34,14 @@ def keep():
 def give_back():
     """What nobody needs any longer goes back to the system after all."""
     gc.collect()
-    trim = c_library("malloc_trim")
-    if trim:
-        trim(0)
+    trim()
+
+
+def trim():
+    """Free pages go back, those between blocks in use as well."""
+    malloc_trim = c_library("malloc_trim")
+    if malloc_trim:
+        malloc_trim(0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -231,6 +231,11 @@ class Sturdy:
         leave = self.leave_gpu if gpu and self.cfg.cpu_fallback else None
         return in_pieces(work, self.state, name, self.say, leave)
 
+    def tidy(self):
+        """Holes that the last piece left between blocks in use would stay, and add up."""
+        if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
+            memory.trim()
+
     def leave_gpu(self):
         for model in (*self.models, *self.frozen):
             model.to("cpu")

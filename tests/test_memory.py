@@ -80,6 +80,17 @@ def test_who_trains_keeps_and_a_notebook_that_has_trained_gives_back(monkeypatch
     assert calls == ["keep", "trained", "give back"]
 
 
+def test_large_models_tidy_up_before_each_piece_and_small_ones_lose_no_time(actor, monkeypatch):
+    model, cfg, loss_of, _ = actor
+    calls, optimiser = [], optimiser_of(model, cfg.changed(micro_batch=4))
+    monkeypatch.setattr(memory, "trim", lambda: calls.append(1))
+    optimiser.step(ROWS, loss_of, 0)
+    assert not calls
+    monkeypatch.setattr(memory, "LARGE", 1000)
+    optimiser.step(ROWS, loss_of, 1)
+    assert calls == [1, 1]
+
+
 # ------------------------------------------------------------------------------------- in pieces
 
 ROWS = [
