@@ -1305,8 +1305,8 @@ def no_memory_for_one_row(course):
 
 @fault(TRAINING, "report", r"Memory ran out: lower eval_batch")
 def no_memory_for_the_test(course):
-    """memory ends in the answers of 4_test"""
-    course.tight("encode_prompts", 4, 1)
+    """memory ends in the answers of 4_test even with one row at a time"""
+    course.tight("encode_prompts", 0, 1)
 
 
 @fault(TRAINING, "rlhf", r"KL is \S+ nats an answer, beyond kl_limit = 1e-06: the policy has", "on")
