@@ -1303,7 +1303,7 @@ def no_memory_for_one_row(course):
 
 @fault(TRAINING, "report", r"Memory ran out: lower eval_batch")
 def no_memory_for_the_test(course):
-    """memory ends in the answers of 4_test"""
+    """memory ends in the answers of 4_test even with one row at a time"""
     course.tight("encode_prompts", 0, 1)
 
 
