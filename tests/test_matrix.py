@@ -6,7 +6,6 @@ byte-level BPEs with the special tokens and the chat template of the family.
 
 import itertools
 import json
-import os
 import re
 
 import pytest
@@ -210,8 +209,7 @@ def test_every_pair_of_values_occurs():
 
 @pytest.fixture(scope="module")
 def warm():
-    """A warm process without a network."""
-    server = Warm(os.environ | {"OMP_NUM_THREADS": "1"})
+    server = Warm()
     yield server
     server.close()
 

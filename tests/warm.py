@@ -33,7 +33,7 @@ class Warm:
         """What stopped the notebook, as "Kind: sentence"; None if nothing did."""
         self.process.stdin.write(json.dumps([notebook, parameters, str(printed)]) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        return json.loads(self.process.stdout.readline() or '"the warm process has ended"')
 
     def close(self):
         self.process.kill()
