@@ -39,9 +39,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: list(names).index(item.path.name))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads():
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+@pytest.fixture(scope="module", autouse=True)
+def threads(request):
+    """As many as OMP_NUM_THREADS says; one where tests fork, as threads do not survive a fork."""
+    forks = "os.fork()" in request.path.read_text(encoding="utf-8")
+    torch.set_num_threads(1 if forks else int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
