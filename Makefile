@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help course record lab test lint bench clean lock
+.PHONY: help course record lab test test-machines lint bench clean lock
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 course: $(VENV)/.installed  ## all five notebooks, headless: make course ARGS="--set seed=1"
 	$(BIN)/python -m lab course $(ARGS)
@@ -19,8 +19,11 @@ record: course  ## run the course and keep its outputs in the committed notebook
 lab: $(VENV)/.installed  ## the notebooks in a browser
 	$(BIN)/jupyter lab $(ARGS)
 
-test: lint  ## lint, then every test: make test ARGS="-k gae"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed  ## the tests, on two cores: make test ARGS="-k gae"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-machines: $(VENV)/.installed  ## the slow tests, then all others as on other processors
+	$(BIN)/python tests/machines.py $(ARGS)
 
 lint: $(VENV)/.installed  ## style and format of code and notebooks
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ Nothing comes from a pickle, and code that a model brings along runs only when i
 
 import copy
 import importlib.util
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -211,7 +212,9 @@ def trainable(model, cfg, *, drop=True):
         modules_to_save=["score"] if scorer else None,
         task_type="SEQ_CLS" if scorer else "CAUSAL_LM",
     )
-    return get_peft_model(model, shape).train(model.training)
+    with warnings.catch_warnings():  # peft talks of names that change, and of GPT-2's layers
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, shape).train(model.training)
 
 
 def silence(model):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test of this suite may need a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors: a second thread only waits. What a test starts inherits it; test-machines sets it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -29,9 +31,19 @@ FAMILIES = ("opt", "gpt2", "llama", "qwen2")
 PAD, EOS, VOCABULARY = 0, 1, 61
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads():
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+LONG = ["test_matrix.py", "test_course.py"]  # begin with them, so that both cores end together
+
+
+def pytest_collection_modifyitems(items):
+    names = dict.fromkeys([*LONG, *(item.path.name for item in items)])
+    items.sort(key=lambda item: list(names).index(item.path.name))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(request):
+    """As many as OMP_NUM_THREADS says; one where tests fork, as threads do not survive a fork."""
+    forks = "os.fork()" in request.path.read_text(encoding="utf-8")
+    torch.set_num_threads(1 if forks else int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
@@ -106,10 +118,10 @@ def pad_right():
     return right_padded
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def model(request):
-    """One random model of each family; tests leave its weights alone."""
-    return random_model(request.param)
+@pytest.fixture(scope="session")
+def model():
+    """A random model; tests leave its weights alone. What families differ in: test_families.py."""
+    return random_model()
 
 
 @pytest.fixture(scope="session")

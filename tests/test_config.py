@@ -247,6 +247,7 @@ BASE, ACTOR, CRITIC, RLHF = map(run, ("base", "actor", "critic", "rlhf"))
 ADAPTERS, TARGET = dict(lora_rank=2), dict(kl_target=0.5)
 DPO, GRPO = dict(algorithm="dpo"), dict(algorithm="grpo")
 NOBODY = dict(base_model="nobody/nothing")
+RISING = dict(steps=3, policy_lr=1e-2, kl_estimator="k3")  # its KL is above 0 after an update
 TABLE = {  # field: another value, where to look, what else is set
     "preset": ("colab", lambda place, values: repr(util.Config(values.get("preset", "smoke"))), {}),
     "root": ("/nowhere", other_root, {}),
@@ -332,8 +333,8 @@ TABLE = {  # field: another value, where to look, what else is set
     "missing_eos_penalty": (1.0, RLHF, {}),
     "length_penalty": (0.1, RLHF, {}),
     "stop_kl": (1e-9, RLHF, {}),
-    "kl_limit": (1e-9, RLHF, {}),
-    "stop_on_alert": (True, RLHF, dict(kl_limit=1e-9)),
+    "kl_limit": (1e-6, RLHF, RISING),
+    "stop_on_alert": (True, RLHF, RISING | dict(kl_limit=1e-6)),
     "sample_every": (2, RLHF, dict(steps=3)),
     "dpo_beta": (0.9, RLHF, DPO),
     "dpo_lr": (1e-5, RLHF, DPO),

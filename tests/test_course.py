@@ -11,7 +11,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from warm import Warm
+
+from lab.runs import NOTEBOOKS
 
 HOME = Path(__file__).resolve().parent.parent
 SECRETS = {
@@ -23,32 +25,10 @@ SECRETS = {
 }  # fmt: skip
 
 
-def course(root, command="course", *arguments, env=None):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lab",
-            command,
-            "--preset",
-            "smoke",
-            "--set",
-            f"root={root}",
-            *arguments,
-        ],
-        cwd=HOME,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def cut_off(note):
-    """An environment in which no Python reaches the network. Who tries is written to `note`."""
-    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    kept = {name: value for name, value in os.environ.items() if name not in offline}
-    return kept | {"PYTHONPATH": str(HOME / "tests" / "blocked"), "TRIED": str(note)}
+def course(root, env):
+    """All five notebooks by papermill, each in a kernel of its own."""
+    line = [sys.executable, "-m", "lab", "course", "--preset", "smoke", "--set", f"root={root}"]
+    return subprocess.run(line, cwd=HOME, env=env, capture_output=True, text=True, timeout=600)
 
 
 def figures(root):
@@ -72,7 +52,7 @@ def root(tmp_path_factory):
     shutil.copytree(HOME / "dataset", root / "dataset")
     home = tmp_path_factory.mktemp("home")
     (home / "token").write_text(SECRETS["token"])
-    done = course(root, env=os.environ | SECRETS | {"HF_HOME": str(home)})
+    done = course(root, os.environ | SECRETS | {"HF_HOME": str(home)})
     assert done.returncode == 0, done.stdout + done.stderr
     (root / "printed.txt").write_text(done.stdout)
     (root / "errors.txt").write_text(done.stderr)
@@ -161,32 +141,42 @@ def test_no_secret_of_the_machine_is_printed_or_written(root):
         assert not [name for name, secret in SECRETS.items() if secret.encode() in data], path
 
 
-def test_a_second_run_without_a_network_gives_the_same_numbers(root, tmp_path):
-    first, note = figures(root), tmp_path / "tried.txt"
-    done = course(root, "course", "--set", "base_model=tiny", env=cut_off(note))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not note.exists(), note.read_text()
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory):
+    """A warm process that reaches no network. Who tries is written to `tried`."""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    kept = {name: value for name, value in os.environ.items() if name not in offline}
+    tried = tmp_path_factory.mktemp("network") / "tried.txt"
+    server = Warm(kept | {"PYTHONPATH": str(HOME / "tests" / "blocked"), "TRIED": str(tried)})
+    server.tried = tried
+    yield server
+    server.close()
+
+
+def test_a_second_run_without_a_network_gives_the_same_numbers(root, tmp_path, cut_off):
+    first = figures(root)
+    given = dict(preset="smoke", root=str(root))
+    for notebook in NOTEBOOKS.values():
+        assert cut_off.run(notebook, tmp_path / "said.txt", **given) is None
+    assert not cut_off.tried.exists(), cut_off.tried.read_text()
     assert figures(root) == first
 
 
-def test_without_a_network_means_that_a_notebook_cannot_reach_one(tmp_path, monkeypatch):
+def test_without_a_network_means_that_a_notebook_cannot_reach_one(tmp_path, cut_off):
     """Otherwise the test above would prove nothing."""
-    for name, value in cut_off(tmp_path / "tried.txt").items():
-        monkeypatch.setenv(name, value)
     call = "import socket; socket.create_connection(('192.0.2.1', 80))"
-    plain = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    assert "OSError: no network" in plain.stderr
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(call)])
-    NotebookClient(book, kernel_name="python3", allow_errors=True).execute()
-    assert book.cells[0].outputs[0].evalue.startswith("no network in this test: ('192.0.2.1'")
-    assert (tmp_path / "tried.txt").read_text().count("192.0.2.1") >= 2
+    nbformat.write(book, tmp_path / "call.ipynb")
+    error = cut_off.run(str(tmp_path / "call.ipynb"), tmp_path / "said.txt")
+    assert error.startswith("OSError: no network in this test: ('192.0.2.1'")
+    assert "192.0.2.1" in cut_off.tried.read_text()
 
 
-def test_a_stage_out_of_order_names_the_notebook(root, tmp_path):
+def test_a_stage_out_of_order_names_the_notebook(root, tmp_path, cut_off):
     shutil.copytree(root / "dataset", tmp_path / "dataset")
-    done = course(tmp_path, "critic")
-    assert done.returncode == 1
-    assert "1_actor.ipynb" in done.stderr and "Traceback" not in done.stderr
+    given = dict(preset="smoke", root=str(tmp_path))
+    error = cut_off.run("2_critic.ipynb", tmp_path / "said.txt", **given)
+    assert error.startswith("CourseError: ") and "1_actor.ipynb" in error
     assert not (tmp_path / "model" / "critic").exists()
 
 
@@ -204,14 +194,12 @@ def test_an_unknown_parameter_is_an_error_under_plain_papermill(root, tmp_path):
         )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_notebook_of_rlhf_knows_how_exact_half_precision_is(root, tmp_path, precision):
+def test_the_notebook_of_rlhf_knows_how_exact_fp16_is(root, tmp_path, cut_off):
     for part in ("dataset", "model"):
         shutil.copytree(root / part, tmp_path / part)
     shutil.rmtree(tmp_path / "model" / "rlhf")
-    more = [x for value in (f"precision={precision}", "lora_rank=4") for x in ("--set", value)]
-    done = course(tmp_path, "rlhf", *more)
-    assert done.returncode == 0, done.stdout + done.stderr
+    given = dict(preset="smoke", root=str(tmp_path), precision="fp16", lora_rank=4)
+    assert cut_off.run("3_rlhf.ipynb", tmp_path / "said.txt", **given) is None
     assert (tmp_path / "model" / "rlhf" / "adapter" / "adapter_config.json").exists()
 
 

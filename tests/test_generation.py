@@ -1,4 +1,4 @@
-"""`generate` against a slow loop without a cache, and the law its samples follow."""
+"""What `generate` promises, and the law its samples follow. The cache: test_families.py."""
 
 import math
 
@@ -11,47 +11,12 @@ PAD, EOS = 0, 1
 PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20], [11, 11, 11, 11], [40, 3, 50]]
 
 
-def slow_greedy(model, prompt, count, stops=()):
-    """One row, one full forward pass a token; no cache, no padding, no mask, no position ids."""
-    ids = list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] in stops:
-            break
-    return ids[len(prompt) :]
-
-
 def run(model, prompts, pad_left, seed=None, **options):
     """`generate` on lists of ids -> (lists of real answer ids, the three tensors)."""
     options = dict(max_new_tokens=12, eos_token_id=None, pad_token_id=PAD) | options
     luck = None if seed is None else torch.Generator().manual_seed(seed)
     ids, mask, logprobs = util.generate(model, *pad_left(prompts), generator=luck, **options)
     return [row[real].tolist() for row, real in zip(ids, mask)], ids, mask, logprobs
-
-
-def some_stops(model, at=4):
-    """An id that several greedy answers reach, but not all of them at once."""
-    return [slow_greedy(model, PROMPTS[i], at + 1)[at] for i in (0, 2)]
-
-
-def test_greedy_equals_a_loop_of_full_passes(model, pad_left):
-    answers, *_ = run(model, PROMPTS, pad_left, temperature=0)
-    assert answers == [slow_greedy(model, prompt, 12) for prompt in PROMPTS]
-
-
-def test_greedy_equals_a_loop_of_full_passes_with_stops(model, pad_left):
-    stops = some_stops(model)
-    answers, *_ = run(model, PROMPTS, pad_left, temperature=0, eos_token_id=stops)
-    assert answers == [slow_greedy(model, prompt, 12, stops) for prompt in PROMPTS]
-    assert len(answers[0]) < 12  # somebody did stop
-
-
-def test_a_batch_answers_like_each_row_alone(model, pad_left):
-    stops = some_stops(model, at=2)
-    options = dict(temperature=0, eos_token_id=stops)
-    together, *_ = run(model, PROMPTS, pad_left, **options)
-    assert together == [run(model, [prompt], pad_left, **options)[0][0] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])

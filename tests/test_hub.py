@@ -21,7 +21,7 @@ HOME = Path(__file__).resolve().parent.parent
 MAIN, BOT = "1" * 40, "2" * 40  # commits
 STATUS = {"absent": 404, "private": 401, "gated": 403, "busy": 429, "broken": 500}
 CODES = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}
-PATIENCE = 2  # seconds, instead of the course's own
+PATIENCE = 0.5  # seconds for a hub that says nothing, instead of the course's own
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -117,7 +117,7 @@ time.sleep = lambda seconds: pause(seconds / 500)  # between two tries
 import util
 from lab import hub
 
-hub.PATIENCE = int(sys.argv[1])
+hub.PATIENCE = float(sys.argv[1])
 for name in sys.argv[2:]:
     root = Path(name.split("/")[0])
     (root / "dataset").mkdir(parents=True)
@@ -136,7 +136,7 @@ for name in sys.argv[2:]:
 """
 
 
-def ask(folder, endpoint, faults):
+def ask(folder, endpoint, faults, patience=30):
     """A process of its own, because the address of the hub is read at import."""
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: value for name, value in os.environ.items() if name not in offline} | {
@@ -147,7 +147,7 @@ def ask(folder, endpoint, faults):
         "NO_PROXY": "127.0.0.1",
     }
     names = [f"{fault}/net" for fault in faults]
-    call = [sys.executable, "-c", ASK, str(PATIENCE), *names]
+    call = [sys.executable, "-c", ASK, str(patience), *names]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(call, cwd=folder, env=env, text=True, **pipes)
 
@@ -165,8 +165,8 @@ SAID = {
     "circle": "redirects",
     "short": r"received 1000 bytes, expected \d+|peer closed",
     "pickle": "safetensors-convert",  # the hub's converter, out of reach here
-    "silent": "did not answer within 2 seconds: try again later",
-    "slow": "did not answer within 2 seconds: try again later",
+    "silent": "did not answer within 0.5 seconds: try again later",
+    "slow": "did not answer within 0.5 seconds: try again later",
 }
 MUTE, GOOD = ("silent", "slow"), ("good", "converted")
 
@@ -201,7 +201,7 @@ def told(theirs, folder):
     talking = [fault for fault in SAID if fault not in ("refused", *MUTE)]
     processes = [
         ask(folder, f"http://127.0.0.1:{nobody}", ["refused"]),
-        ask(folder, here, MUTE),
+        ask(folder, here, MUTE, PATIENCE),
         ask(folder, here, [*talking, *GOOD]),
     ]
     lines = []
@@ -237,7 +237,8 @@ def test_tiny_takes_its_place_and_nothing_of_it_is_left(fault, told, folder):
 
 @pytest.mark.parametrize("fault", SAID)
 def test_nobody_waits_long(fault, told):
-    assert told[fault]["seconds"] < PATIENCE + 3
+    """Seconds on a quiet machine; without the clock a silent hub would be waited for for ever."""
+    assert told[fault]["seconds"] < 20
 
 
 @pytest.mark.parametrize("name", GOOD)

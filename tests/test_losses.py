@@ -1,17 +1,19 @@
-"""Losses and statistics against slow oracles: Python loops, float64, the formula as printed."""
+"""Losses on shapes of all kinds, empty rows among them, beside Python loops in float64.
+
+How exact each of them is, its gradient, and what lies outside the mask: test_exact.py.
+"""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import util
 from lab.runs import CourseError
 
 NUMBER = st.floats(-3, 3, allow_nan=False, width=32)
-GARBAGE = (math.nan, math.inf, -math.inf, 1e30, -1e30)
 
 
 @st.composite
@@ -39,10 +41,6 @@ def inside(lengths):
 def mean(values):
     values = list(values)
     return sum(values) / len(values) if values else 0.0
-
-
-def spoilt(tensor, mask, garbage):
-    return tensor.detach().clone().masked_fill_(~mask, garbage).requires_grad_()
 
 
 def near(a, b, tolerance=1e-9):
@@ -83,36 +81,7 @@ def test_masked_whiten(case):
             assert out[b, t].item() == pytest.approx(white, abs=1e-6)
 
 
-def test_masked_whiten_has_mean_0_and_deviation_1():
-    torch.manual_seed(0)
-    x, mask = 3 + 5 * torch.randn(6, 9, dtype=torch.float64), mask_of([9, 4, 1, 7, 2, 9], 9)
-    white = util.masked_whiten(x, mask)[mask]
-    assert white.mean().abs() < 1e-9 and (white.pow(2).mean() - 1).abs() < 1e-6
-
-
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_statistics_do_not_see_what_lies_outside_the_mask(garbage):
-    torch.manual_seed(1)
-    clean, mask = torch.randn(3, 5, dtype=torch.float64), mask_of([5, 2, 3], 5)
-    for function in (util.masked_mean, util.masked_whiten):
-        dirty = spoilt(clean, mask, garbage)
-        out = function(dirty, mask)
-        near(out, function(clean, mask))
-        (out**2).sum().backward()
-        assert torch.isfinite(dirty.grad[mask]).all()
-        assert torch.equal(dirty.grad[~mask], torch.zeros_like(dirty.grad[~mask]))
-
-
 # ------------------------------------------------------------------------------------ reward model
-
-
-@given(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=6))
-def test_pairwise_loss(pairs):
-    chosen, rejected = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs))
-    loss, stats = util.pairwise_loss(chosen, rejected)
-    near(loss, mean(-log_sigmoid(c - r) for c, r in pairs), 1e-5)
-    near(stats["margin"], mean(c - r for c, r in pairs), 1e-5)
-    assert stats["accuracy"].item() == pytest.approx(mean(float(c - r > 0) for c, r in pairs))
 
 
 def test_pairwise_loss_survives_a_margin_of_minus_100():
@@ -143,24 +112,6 @@ KL = {
     "k2": lambda d: d * d / 2,
     "k3": lambda d: math.exp(-d) - 1 + d,
 }
-
-
-@pytest.mark.parametrize("estimator", KL)
-@given(case=batch(2))
-def test_kl_estimate(estimator, case):
-    (policy, reference), _ = case
-    out = util.kl_estimate(*tensors([policy, reference]), estimator=estimator)
-    for b, row in enumerate(policy):
-        for t, x in enumerate(row):
-            assert out[b, t].item() == pytest.approx(KL[estimator](x - reference[b][t]), abs=1e-9)
-
-
-@given(st.floats(-20, 20), st.floats(-20, 20))
-def test_k3_is_never_negative(a, b):
-    out = util.kl_estimate(
-        *(torch.tensor([[x]], dtype=torch.float32) for x in (a, b)), estimator="k3"
-    )
-    assert out.item() >= 0
 
 
 def test_the_expectations_of_k1_and_k3_are_the_exact_kl():
@@ -205,17 +156,6 @@ def test_gae_with_gamma_and_lambda_1_is_what_is_still_to_come():
     rewards, values = torch.tensor([[1.0, 2.0, 4.0, 9.0]]), torch.tensor([[0.5, 0.5, 0.5, 9.0]])
     _, returns = util.gae(rewards, values, mask_of([3], 4), gamma=1.0, lam=1.0)
     assert torch.allclose(returns, torch.tensor([[7.0, 6.0, 4.0, 0.0]]))
-
-
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_gae_does_not_see_what_lies_outside_the_mask(garbage):
-    torch.manual_seed(3)
-    rewards, values = torch.randn(2, 3, 5, dtype=torch.float64)
-    mask = mask_of([5, 2, 3], 5)
-    clean = util.gae(rewards, values, mask, gamma=0.9, lam=0.8)
-    dirty = (spoilt(x, mask, garbage).detach() for x in (rewards, values))
-    for a, b in zip(util.gae(*dirty, mask, gamma=0.9, lam=0.8), clean):
-        near(a, b)
 
 
 def test_gae_changes_none_of_its_arguments():
@@ -300,25 +240,6 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_losses_do_not_see_what_lies_outside_the_mask(name, garbage):
-    torch.manual_seed(5)
-    grids, per_answer = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(4).double()
-    mask = mask_of([6, 1, 0, 4], 6)
-    outcomes = []
-    for fill in (0.0, garbage):
-        leaves = [spoilt(grid, mask, fill) for grid in grids]
-        loss, stats = LOSSES[name](*leaves, per_answer, mask)
-        loss.backward()
-        for leaf in leaves:
-            if leaf.grad is not None:
-                assert torch.equal(leaf.grad[~mask], torch.zeros_like(leaf.grad[~mask]))
-        outcomes.append((loss, leaves[0].grad[mask], *stats.values()))
-    for clean, dirty in zip(*outcomes):
-        near(dirty, clean)
-
-
-@pytest.mark.parametrize("name", LOSSES)
 def test_wider_padding_changes_nothing(name):
     torch.manual_seed(6)
     grids, per_answer = torch.randn(3, 3, 4, dtype=torch.float64), torch.randn(3).double()
@@ -350,10 +271,6 @@ def test_group_advantages(size, rewards, scale):
         assert out[i].item() == pytest.approx(slow, rel=1e-4, abs=1e-6)
 
 
-def test_a_group_of_equal_rewards_teaches_nothing():
-    assert not util.group_advantages(torch.full((8,), 0.3), 4).any()
-
-
 def test_groups_must_divide_the_rewards():
     with pytest.raises(CourseError, match="7"):
         util.group_advantages(torch.zeros(7), 3)
@@ -374,42 +291,7 @@ def test_grpo_loss(case, kl_coef, data):
     near(stats["kl"], kl)
 
 
-def test_grpo_starts_at_loss_0_with_a_gradient():
-    logprobs = torch.randn(6, 4, dtype=torch.float64).requires_grad_()
-    old = logprobs.detach()
-    advantages = util.group_advantages(torch.tensor([1.0, 0, 3, 2, 5, 1], dtype=torch.float64), 3)
-    mask = torch.ones(6, 4, dtype=torch.bool)
-    loss, _ = util.grpo_loss(logprobs, old, old, advantages, mask, clip_ratio=0.2, kl_coef=0.1)
-    loss.backward()
-    assert loss.abs().item() < 1e-12
-    near(logprobs.grad, -advantages[:, None].expand(6, 4) / 24)
-
-
 # --------------------------------------------------------------------------------------------- DPO
-
-
-def slow_dpo(margin, beta, kind, smoothing):
-    if kind == "hinge":
-        return max(0.0, 1 - beta * margin)
-    if kind == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2
-    x = beta * margin
-    return -(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)
-
-
-FOUR = st.tuples(NUMBER, NUMBER, NUMBER, NUMBER)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
-@given(st.lists(FOUR, min_size=1, max_size=5), st.floats(0.05, 2), st.floats(0, 0.4))
-@settings(max_examples=30)
-def test_dpo_loss(kind, rows, beta, smoothing):
-    smoothing = smoothing if kind == "sigmoid" else 0.0
-    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows)]
-    loss, stats = util.dpo_loss(*columns, beta=beta, loss_type=kind, label_smoothing=smoothing)
-    margins = [(c - rc) - (r - rr) for c, r, rc, rr in rows]
-    near(loss, mean(slow_dpo(m, beta, kind, smoothing) for m in margins), 1e-8)
-    near(stats["margin"], beta * mean(margins), 1e-8)
 
 
 def test_dpo_starts_at_ln_2_with_margin_0_and_pushes_the_pair_apart():
@@ -427,12 +309,3 @@ def test_dpo_is_finite_far_out_and_refuses_what_it_does_not_know():
     assert util.dpo_loss(*far, beta=1.0)[0].item() == pytest.approx(2e4)
     with pytest.raises(CourseError, match="hinges"):
         util.dpo_loss(*far, beta=1.0, loss_type="hinges")
-
-
-# ---------------------------------------------------------------------------- where the score lands
-
-
-def test_the_score_lands_on_the_last_real_token():
-    scores, kl = torch.tensor([2.0, -1.0]), torch.tensor([[0.1, 0.2, 9.0], [0.3, 0.0, 0.5]])
-    out = util.token_rewards(scores, kl, mask_of([2, 3], 3), 0.5)
-    assert torch.allclose(out, torch.tensor([[-0.05, 1.9, 0.0], [-0.15, 0.0, -1.25]]))
