@@ -703,9 +703,9 @@ class Optimiser(Sturdy):
     def gradient(self, rows, loss_of, size):
         """Backward, `size` rows at once: pieces weighted by their size make the same gradient."""
         self.adamw.zero_grad()
+        self.tidy()
         parts, total, pieces = [], 0, chunks(rows, size)
         for piece in pieces:
-            self.tidy()
             with matmul.fast_matmul(self.models[0]):
                 with models.autocast(self.cfg, self.models[0]):
                     loss, weight, stats = loss_of(piece)

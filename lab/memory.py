@@ -12,7 +12,7 @@ import sys
 import psutil
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # glibc's names of what can be set
-LARGE = 2**27  # bytes of weights: a piece takes seconds, and a moment to tidy up is little
+LARGE = 2**27  # bytes of weights: an update takes seconds, and a moment to tidy up is little
 
 
 def c_library(function):
@@ -49,7 +49,8 @@ def trim():
 
 OVERHEAD = 0.6e9  # bytes that Python, torch and a device's kernels hold besides tensors
 SHARE = 0.6  # of the free memory, where no limit is given
-BUSY = 2**29  # bytes of a piece that keep one core busy: on a CPU a larger piece is no faster
+BUSY = 2**29  # bytes of a piece that keep one core busy
+LAPTOP = 4.5e9  # bytes of a stage beyond which a CPU gains little from larger pieces
 
 
 def peaks():
@@ -96,12 +97,12 @@ def room(limit, models, learning=()):
 
     device = next(models[0].parameters()).device
     coming = 3 * sum(p.nbytes for m in learning for p in m.parameters() if p.requires_grad)
-    if limit:
-        left = limit * 1e9 - OVERHEAD - sum(p.nbytes for m in models for p in m.parameters())
-    else:
-        left = SHARE * free(device)
-    cores = max(2, torch.get_num_threads())
-    return left - coming if device.type != "cpu" else min(left - coming, BUSY * cores)
+    there = OVERHEAD + sum(p.nbytes for m in models for p in m.parameters())
+    left = limit * 1e9 - there if limit else SHARE * free(device)
+    if device.type == "cpu":
+        busy = BUSY * max(2, torch.get_num_threads())
+        left = min(left, max(LAPTOP - there, busy + coming))
+    return left - coming
 
 
 # --------------------------------------------------------------------------------------------------

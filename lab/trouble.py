@@ -232,7 +232,7 @@ class Sturdy:
         return in_pieces(work, self.state, name, self.say, leave)
 
     def tidy(self):
-        """Holes that the last piece left between blocks in use would stay, and add up."""
+        """Gives back what lies free between blocks in use; else such holes add up."""
         if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
             memory.trim()
 
