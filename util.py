@@ -1125,7 +1125,7 @@ def from_pairs(crew, cfg, stage):
     """DPO: learning from the pairs themselves; no answers, no reward model, no values."""
     rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
     note_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
-    with torch.no_grad(), crew.as_reference() as model:  # once, not in every epoch
+    with crew.as_reference() as model:  # once, not in every epoch
         work = partial(pair_logprobs, model, crew.tokenizer, cfg=cfg)
         parts = [told[:2] for told in in_parts(work, rows, cfg, model, say=stage.say)]
     reference = [torch.cat(column) for column in zip(*parts)]  # chosen and rejected, (N,) each

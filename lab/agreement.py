@@ -4,6 +4,8 @@ What repeats code of transformers may be wrong in its next release. So each mode
 on its first batch, for each use, and says so where they differ.
 """
 
+from contextlib import contextmanager
+
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -43,24 +45,33 @@ def agree(model, path, use, ids, mask, fast, plain):
         return False
     real = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).bool()
     sample = pad_sequence(texts, batch_first=True), real
-    modes, most = [(module, module.training) for module in model.modules()], tolerance(model)
-    model.eval()
+    most = tolerance(model)
     try:
-        expected = outcome(model, plain(*sample), learns)
-        found = outcome(model, fast(*sample), learns)
+        with eval_mode(model):
+            expected = outcome(model, plain(*sample), learns)
+            found = outcome(model, fast(*sample), learns)
         off = {name: distance(found[name], expected[name]) for name in expected}
         reason = [f"its {name} are off by {x:.1g}" for name, x in off.items() if x > most]
     except Exception as error:  # whatever another release has renamed
         if out_of_memory(error):
             raise
         reason = [f"{type(error).__name__}: {error}"]
-    finally:
-        for module, training in modes:
-            module.training = training
     known[key] = not reason
     for sentence in reason[:1]:
         step_aside(model, path, sentence)
     return known[key]
+
+
+@contextmanager
+def eval_mode(model):
+    """Dropout off within; afterwards each part is in its mode again, whatever happened."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def refused(model, path):

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lab import CourseError
+from lab.agreement import eval_mode  # noqa: F401
 from lab.plain_path import cache_argument
 from lab.tokens import FRAME, encoder, in_template, stops_of
 from lab.trouble import find_device, loading
@@ -338,15 +339,3 @@ def frozen(model, cfg):
 def finest_dtype(device):
     """float64 where the device has it: MPS has not."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
-@contextmanager
-def eval_mode(model):
-    """Dropout off within; afterwards each part is in its mode again, whatever happened."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in before:
-            module.training = training

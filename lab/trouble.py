@@ -38,11 +38,11 @@ def explained(error):
             "Memory ran out: lower eval_batch, rollout, micro_batch or max_new_tokens, or take a "
             "smaller model."
         )
-    # What is written in Rust tells the number in its text; torch tells nothing but that it failed.
+    # What is written in Rust tells the number in its text.
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-    if number in FULL or "PytorchStreamWriter failed" in str(error):
+    if number in FULL:
         return f"The disk is full{where}: make room, then run this again."
     if number in CLOSED:
         return f"There is no permission to write here{where}: allow it, or choose another root."
