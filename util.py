@@ -1,22 +1,29 @@
-"""RLHF on one blackboard: everything the course teaches, to be read from top to bottom.
+"""RLHF in one file: read it from top to bottom.
 
 Contents
-    1. Tokens              prompts padded on the left, answers on the right
-    2. Models              base, actor, critic: plain Hugging Face models
-    3. Generation          sampling with a cache
-    4. Log-probs           what a model thinks of an answer
-    5. Masked statistics   means over real tokens only
-    6. Losses              reward model, PPO, GRPO, DPO: pure functions of tensors
-    7. Rewards             the reward model as a callable, the KL price, the rollout
-    8. Optimisation        the one place where weights change
-    9. Training            generators that yield one dict of metrics a step
-    10. Evaluation         answers, their scores, their distance from the reference
+    The tools
+        1. Tokens              prompts padded on the left, answers on the right
+        2. Reading a model     logits, scores and values at the tokens of an answer
+        3. Generation          sampling with a cache
+        4. Log-probs           how likely a model finds an answer
+        5. Masked statistics   means over real tokens only
+        6. Losses              reward model, PPO, GRPO, DPO: pure functions of tensors
+    The course, one section per notebook
+        7. Pretraining         0_download
+        8. Fine-tuning         1_actor
+        9. Reward model        2_critic
+        10. PPO                3_rlhf: a rollout, its advantages, its loss, and the loop
+        11. GRPO, RLOO, DPO    what they do differently
+        12. Evaluation         4_test
 
-Letters: B rows, P prompt length (left-padded), R response length (right-padded), T = P + R,
-V vocabulary, G answers per prompt. Everything about answers is `(B, R)` with one bool mask made
-from lengths. The shift by one between logits and tokens happens in `before_each_token`.
+Letters: B rows, P prompt length (padded on the left), R response length (padded on the right),
+T = P + R, V vocabulary size. Everything about answers has the shape (B, R), with one bool mask
+that is built from lengths. Logits and tokens are shifted by one in a single place,
+`before_each_token`.
 
-Left out on purpose: several machines, tools, several turns. What is no lesson lives in `lab/`.
+A training function is a generator that yields one dict of metrics per step. `stage.steps` numbers
+the steps and saves checkpoints; `optimiser.step` is backward, gradient clipping and AdamW. Both are
+in `lab/`, together with loading, memory limits and error messages.
 """
 
 import math
@@ -30,38 +37,38 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, decoding, fast_path, matmul, models, trouble, world
+from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
+from lab.optimiser import Optimiser, chunks, text_length
 from lab.passes import in_parts
 from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
-from lab.shares import batches, dice, epochs, load_eval_rows, load_rows, prompt_batch, stack  # noqa: F401
+from lab.splits import batches, epochs, load_eval_rows, load_rows, prompt_batch, rng_for, stack  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
 from lab.tokens import encoder, stops_of
-from lab.tracking import mean_of, rollout_metrics, samples_of, timed
-from lab.trouble import Sturdy, alerts, note_texts
+from lab.tracking import mean_of, rollout_metrics, timed
 
 # ------------------------------------------------------------------------------------------------
 # 1. Tokens
 
 
 def encode_prompt(tokenizer, prompt, limit):
-    """Token ids of a prompt, in the frame that its tokenizer is used to.
+    """Token ids of a prompt, in the dialogue format of its tokenizer.
 
-    One that is too long loses its front; its bos, the question's end and "Assistant:" stay.
+    A prompt that is too long loses its front; bos, the end of the question and "Assistant:" stay.
     """
     return encoder(tokenizer).prompts([prompt], limit)[0]
 
 
 def encode_answer(tokenizer, answer, limit):
-    """Token ids of an answer and its end: a model learns to stop only where it sees a stop."""
+    """Token ids of an answer and its eos: a model learns to stop only where it sees an eos."""
     return encoder(tokenizer).answers([answer], limit)[0]
 
 
 def pad(sequences, value, side, device):
-    """Lists of ids as one tensor, and the mask of what is real. The mask comes from the lengths."""
+    """Lists of ids as one tensor, with the mask of the real tokens, built from the lengths."""
     lengths = torch.tensor([len(ids) for ids in sequences])
     width = max(int(lengths.max()), 1)
     position = torch.arange(width)
@@ -75,61 +82,67 @@ def pad(sequences, value, side, device):
 
 
 def encode_prompts(tokenizer, prompts, cfg, device):
-    """Texts -> (prompt_ids, prompt_mask), left-padded: every answer starts in the same column."""
+    """Texts to (prompt_ids, prompt_mask), padded on the left, so that every answer starts in the
+    same column."""
     ids = encoder(tokenizer).prompts(prompts, cfg.max_prompt)
     return pad(ids, tokenizer.pad_token_id, "left", device)  # (B, P)
 
 
 def encode_pairs(tokenizer, prompts, answers, cfg, device):
-    """Texts -> the four tensors that every scoring function takes."""
-    prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, cfg, device)  # (B, P)
+    """Texts to the four tensors that every scoring function takes:
+    prompt_ids, prompt_mask (B, P), response_ids, response_mask (B, R)."""
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, cfg, device)
     ids = encoder(tokenizer).answers(answers, cfg.max_new_tokens)
-    return prompt_ids, prompt_mask, *pad(ids, tokenizer.pad_token_id, "right", device)  # (B, R)
+    return prompt_ids, prompt_mask, *pad(ids, tokenizer.pad_token_id, "right", device)
 
 
 def decode(tokenizer, ids, mask):
-    """The answers as text, without eos and padding; "</s>" that is written in letters stays."""
+    """Answers as text, without eos and padding."""
     return encoder(tokenizer).texts(row[real].tolist() for row, real in zip(ids, mask))
 
 
 def ended(response_ids, response_mask, eos_token_id):
-    """Which answers closed with an eos of their own; `stops_of` says which tokens are one."""
+    """Which answers ended with an eos, (B,). `stops_of` lists the ids that count as eos."""
     last = response_ids.gather(1, response_mask.sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]  # (B,)
     return torch.isin(last, as_ids(eos_token_id, last.device)) & response_mask.any(1)
 
 
 def as_ids(token_id, device):
-    """eos may be one id, several, or None."""
+    """eos as a tensor: it may be one id, several, or None."""
     several = token_id if isinstance(token_id, (list, tuple)) else [token_id]
     ids = [one for one in several if one is not None]
     return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Models
+# 2. Reading a model
 
 
 def before_each_token(prompt_ids, prompt_mask, response_ids, response_mask):
-    """What to read so that the last R positions stand before the R answer tokens, (B, T - 1)."""
+    """The input whose last R positions stand just before the R answer tokens, (B, T - 1).
+
+    A causal model predicts token t from its output at position t - 1. So the last token is dropped.
+    """
     ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
     return ids[:, :-1], mask[:, :-1]
 
 
 def before_answers(prompt_ids, response_mask):
-    """Marks the places in (B, T - 1) that stand before a real answer token."""
+    """True at the positions of (B, T - 1) that stand just before a real answer token."""
     return torch.cat([torch.zeros_like(prompt_ids[:, 1:], dtype=torch.bool), response_mask], dim=1)
 
 
 def answer_logits(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """Logits that predict each real answer token, (N, V): position t sees everything before t."""
+    """The logits that predict each real answer token, (N, V) for N real tokens."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
     return head(hidden).float()
 
 
 def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
-    """One score per answer, (B,): the number at its last real token, which has read all of it."""
+    """One score per answer, (B,): the head's output at the last real token, the only one that has
+    seen the whole answer."""
     ids = torch.cat([prompt_ids, response_ids], dim=1)  # (B, T)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
     last = prompt_ids.shape[1] + response_mask.sum(1, keepdim=True) - 1  # (B, 1)
@@ -137,14 +150,14 @@ def answer_scores(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
 
 
 def answer_values(scorer, prompt_ids, prompt_mask, response_ids, response_mask):
-    """What the value model expects before each answer token is written, (B, R)."""
+    """The value before each answer token is written, (B, R): what return the model expects."""
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
     wanted = before_answers(prompt_ids, response_mask)
-    return spread(fast_path.scores(scorer, *read, wanted), response_mask)
+    return to_padded(fast_path.scores(scorer, *read, wanted), response_mask)
 
 
-def spread(x, mask):
-    """One number per real token, (N,), back in its place, (B, R); 0 elsewhere."""
+def to_padded(x, mask):
+    """One number per real token, (N,), put back into the shape of the mask, (B, R); 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
@@ -168,19 +181,20 @@ def generate(
 ):
     """Answers, their masks and the log-probs of their tokens: three tensors (B, R).
 
-    Temperature 0 is greedy. The first eos belongs to the answer; behind it lies padding. The
-    log-probs are those of the whole distribution at this temperature, as `response_logprobs` finds.
+    Temperature 0 is greedy decoding. The first eos belongs to the answer; padding follows it. The
+    log-probs are those of the full distribution at this temperature, before top-k and top-p, so
+    that `response_logprobs` finds the same numbers.
     """
     device, B = prompt_ids.device, len(prompt_ids)
     ids = torch.full((B, max_new_tokens), pad_token_id, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
-    luck = lots(B, max_new_tokens, generator, device)
+    uniforms = draw_uniforms(B, max_new_tokens, generator, device)
     with models.eval_mode(model):
         reader, logits = decoding.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
         for t in range(max_new_tokens):
-            token, logprob = pick(logits.float(), luck[live, t], temperature, top_k, top_p)
+            token, logprob = pick(logits.float(), uniforms[live, t], temperature, top_k, top_p)
             ids[live, t], logprobs[live, t] = token, logprob
             lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
             running = lengths[live] > t + 1
@@ -197,31 +211,34 @@ def generate(
     return response_ids, response_mask, logprobs[:, :R] * response_mask
 
 
-def lots(B, R, generator, device):
-    """Numbers in [0, 1), (B, R), drawn where the generator lives: the same on every device.
+def draw_uniforms(B, R, generator, device):
+    """Random numbers in [0, 1), (B, R), drawn where the generator lives: the same on every device.
 
-    A row's numbers do not depend on the rows beside it, so a batch may be cut anywhere.
+    The numbers of a row do not depend on the rows beside it, so a batch may be cut anywhere.
     """
     source = generator.device if generator else "cpu"
-    luck = torch.rand(B, R, generator=generator, device=source, dtype=torch.float64)
-    return luck.clamp(max=1 - 2**-24).to(device, models.finest_dtype(device))
+    uniforms = torch.rand(B, R, generator=generator, device=source, dtype=torch.float64)
+    return uniforms.clamp(max=1 - 2**-24).to(device, models.finest_dtype(device))
 
 
-def pick(logits, luck, temperature, top_k, top_p):
-    """One token a row and its log-prob: `luck` in [0, 1) is looked up in the cumulative sum."""
+def pick(logits, uniforms, temperature, top_k, top_p):
+    """One token per row and its log-prob. Sampling looks the row's uniform number up in the
+    cumulative distribution."""
     logits = logits if temperature in (0, 1) else logits / temperature  # (B, V)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        ladder = truncated(logits, top_k, top_p).softmax(-1)
-        ladder = ladder.cumsum(-1, dtype=models.finest_dtype(logits.device))
-        token = torch.searchsorted(ladder, luck[:, None] * ladder[:, -1:], right=True)
+        probs = truncated(logits, top_k, top_p).softmax(-1)
+        cumulative = probs.cumsum(-1, dtype=models.finest_dtype(logits.device))
+        drawn = uniforms[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, drawn, right=True)
         token = token[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, token_logprobs(logits, token)
 
 
 def truncated(logits, top_k, top_p):
-    """-inf for all but the k likeliest tokens, and all behind the first that together reach p."""
+    """Logits with -inf outside the k likeliest tokens and outside the smallest set that reaches
+    probability p."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -232,20 +249,47 @@ def truncated(logits, top_k, top_p):
     return logits
 
 
+def sampling(cfg, model, tokenizer, temperature=None):
+    """The keyword arguments of `generate` for this course. All answers are sampled with these, so
+    that scoring sees the distribution that sampling used: no top-k, no top-p, no penalties."""
+    return {
+        "max_new_tokens": cfg.max_new_tokens,
+        "temperature": cfg.temperature if temperature is None else temperature,
+        "eos_token_id": stops_of(model, tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def generate_answers(model, tokenizer, prompts, cfg, generator, temperature=None, then=None):
+    """Generates one answer per prompt, in parts that fit into memory.
+
+    Yields the four token tensors of each part, or what `then(*tensors)` makes of them.
+    """
+
+    def work(part):
+        prompt = encode_prompts(tokenizer, part, cfg, model.device)
+        how = sampling(cfg, model, tokenizer, temperature)
+        response_ids, response_mask, _ = generate(model, *prompt, **how, generator=generator)
+        tokens = *prompt, response_ids, response_mask
+        return then(*tokens) if then else tokens
+
+    yield from in_parts(work, prompts, cfg, model, generator)
+
+
 # ------------------------------------------------------------------------------------------------
 # 4. Log-probs
 
 
 def token_logprobs(logits, tokens):
-    """log softmax(logits)[token] without ever holding the whole log-softmax."""
-    if logits.requires_grad:  # the same, and its gradient in one sweep
+    """log softmax(logits)[token], without storing the whole log-softmax."""
+    if logits.requires_grad:  # cross_entropy computes the gradient in one pass
         picked = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
         return -picked.view(tokens.shape)
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def entropies(logits):
-    """How undecided each distribution is, in nats."""
+    """The entropy of each distribution in nats: 0 if one token is certain, log V at most."""
     probs = logits.softmax(-1)
     return logits.logsumexp(-1) - (probs * logits).sum(-1)
 
@@ -253,26 +297,26 @@ def entropies(logits):
 def response_logprobs(
     model, prompt_ids, prompt_mask, response_ids, response_mask, *, temperature=1.0, entropy=True
 ):
-    """Log-prob of each answer token, and the entropy of the choice: two tensors (B, R).
+    """The log-prob of each answer token and the entropy of its distribution: two tensors (B, R).
 
-    `entropy=False` leaves the second one 0, and saves its time. Without gradients some tokens at a
-    time: all logits of a large vocabulary would fill the memory.
+    `entropy=False` skips the entropy and returns 0 for it. Without gradients the logits of 128
+    tokens are computed at a time, because those of a large vocabulary would fill the memory.
     """
     read = before_each_token(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden, head = fast_path.hidden_states(model, *read, before_answers(prompt_ids, response_mask))
-    tokens = response_ids[response_mask]
+    tokens = response_ids[response_mask]  # (N,)
 
     def measure(hidden, tokens):
         logits = head(hidden).float()  # (n, V)
         logits = logits if temperature == 1 else logits / temperature
-        undecided = torch.zeros_like(logits[:, 0])
-        if entropy:  # computed anew where somebody wants its gradient: nothing is kept for that
-            undecided = checkpoint(entropies, logits, use_reentrant=False)
-        return token_logprobs(logits, tokens), undecided
+        uncertainty = torch.zeros_like(logits[:, 0])
+        if entropy:  # checkpointed: recomputed in the backward pass, if its gradient is needed
+            uncertainty = checkpoint(entropies, logits, use_reentrant=False)
+        return token_logprobs(logits, tokens), uncertainty
 
     size = max(1, len(tokens)) if torch.is_grad_enabled() else 128
     pieces = map(measure, hidden.split(size), tokens.split(size))
-    return tuple(spread(torch.cat(column), response_mask) for column in zip(*pieces))
+    return tuple(to_padded(torch.cat(column), response_mask) for column in zip(*pieces))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,12 +324,12 @@ def response_logprobs(
 
 
 def masked_mean(x, mask):
-    """Mean over what the mask keeps; 0 if it keeps nothing."""
+    """The mean over the masked tokens; 0 if there are none."""
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
 def mean_over(x, mask, unit="token"):
-    """Mean over tokens, in which long answers weigh more, or over answers' own means."""
+    """The mean over tokens (long answers count for more), or over answers (all count the same)."""
     if unit == "token":
         return masked_mean(x, mask)
     means = torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1)  # (B,)
@@ -293,7 +337,7 @@ def mean_over(x, mask, unit="token"):
 
 
 def masked_whiten(x, mask):
-    """Mean 0 and deviation 1 over what the mask keeps, 0 elsewhere."""
+    """Shifted and scaled to mean 0 and standard deviation 1 over the masked tokens; 0 elsewhere."""
     x = torch.where(mask, x, 0)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
@@ -301,17 +345,17 @@ def masked_whiten(x, mask):
 
 
 def masked_quantile(x, mask, share):
-    """The number that `share` of what the mask keeps do not exceed; for numbers of at least 0."""
+    """The number that `share` of the masked x do not exceed, for x of at least 0."""
     ordered = torch.where(mask, x, 0).flatten().sort(descending=True).values
     above = ((1 - share) * mask.sum()).long()
     return ordered.gather(0, above[None])[0]
 
 
 def explained_variance(values, returns, mask):
-    """1: the values foresaw the returns. 0: no better than their mean. Below 0: worse."""
+    """1: the values predict the returns. 0: no better than their mean. Below 0: worse than that."""
     mean = masked_mean(returns, mask)
-    spread = masked_mean((returns - mean) ** 2, mask)
-    return 1 - masked_mean((returns - values) ** 2, mask) / (spread + 1e-8)
+    variance = masked_mean((returns - mean) ** 2, mask)
+    return 1 - masked_mean((returns - values) ** 2, mask) / (variance + 1e-8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -319,17 +363,20 @@ def explained_variance(values, returns, mask):
 
 
 def pairwise_loss(chosen, rejected):
-    """Bradley-Terry: -log sigmoid(chosen - rejected), in float32; (B,) each."""
+    """The Bradley-Terry loss, -log sigmoid(chosen - rejected), in float32; both scores are (B,).
+
+    A tie counts as half right.
+    """
     margin = chosen.float() - rejected.float()
-    stats = {"accuracy": (margin > 0).float().mean(), "margin": margin.mean()}
-    return -F.logsigmoid(margin).mean(), detached(stats)
+    accuracy = (margin > 0).float().mean() + 0.5 * (margin == 0).float().mean()
+    return -F.logsigmoid(margin).mean(), detached({"accuracy": accuracy, "margin": margin.mean()})
 
 
 def kl_estimate(logprobs, ref_logprobs, *, estimator="k1"):
-    """KL(policy || reference) from the policy's own tokens, one estimate a token.
+    """Estimates KL(policy || reference) from the policy's own tokens, one number per token.
 
-    With d = log policy - log reference: k1 = d is unbiased and may be negative; k2 = d^2 / 2 never
-    is, but is biased; k3 = exp(-d) - 1 + d is unbiased and never negative.
+    With d = logprobs - ref_logprobs: k1 = d is unbiased and may be negative; k2 = d^2 / 2 is never
+    negative but biased; k3 = exp(-d) - 1 + d is unbiased and never negative.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -338,7 +385,14 @@ def kl_estimate(logprobs, ref_logprobs, *, estimator="k1"):
         return d**2 / 2
     if estimator == "k3":
         return torch.expm1(-d) + d
-    raise CourseError(f"estimator = {estimator!r} is not known; known are k1, k2, k3.")
+    raise CourseError(f"estimator = {estimator!r} is not known; use k1, k2 or k3.")
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """The reward of each token, (B, R): minus kl_coef times its KL, and on the last real token
+    plus the score of the answer, (B,)."""
+    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return torch.where(mask, last * scores[:, None] - kl_coef * kl, 0)
 
 
 def gae(rewards, values, mask, *, gamma, lam):
@@ -346,7 +400,7 @@ def gae(rewards, values, mask, *, gamma, lam):
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
-    Nothing follows the last real token. Gives (advantages, returns = advantages + values).
+    After the last real token the value is 0. Returns (advantages, returns = advantages + values).
     """
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantage = next_value = torch.zeros_like(rewards[:, 0])
@@ -377,7 +431,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_ratio, uni
 
 
 def ppo_value_loss(values, old_values, returns, mask, *, value_clip, unit="token"):
-    """Half the squared error; a value that moved further than the clip gains nothing from it."""
+    """Half the squared error. The larger of the clipped and the unclipped error counts, so that a
+    value gains nothing by moving further than `value_clip` in one rollout."""
     values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
@@ -386,19 +441,23 @@ def ppo_value_loss(values, old_values, returns, mask, *, value_clip, unit="token
 
 
 def group_advantages(rewards, group_size, *, scale=True):
-    """GRPO: how much better an answer is than the other answers to its prompt, (B,)."""
+    """GRPO's advantages, (B,): the reward minus the mean of the answers to the same prompt,
+    divided by their standard deviation if `scale`."""
     if group_size < 2 or len(rewards) % group_size:
-        raise CourseError(f"{len(rewards)} rewards do not make groups of {group_size} (2 or more).")
+        raise CourseError(
+            f"{len(rewards)} rewards cannot be divided into groups of {group_size}: a group needs "
+            "two or more answers, and every group the same number."
+        )
     groups = rewards.view(-1, group_size)
-    groups = groups - groups[:, :1]  # equal rewards are exactly 0: a rounding would be scaled up
+    groups = groups - groups[:, :1]  # equal rewards become exactly 0, no rounding gets scaled up
     centred = groups - groups.mean(1, keepdim=True)
     if scale:
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)  # far above rounding
+        centred = centred / (groups.std(1, keepdim=True) + 1e-4)  # 1e-4 is far above rounding
     return centred.flatten()
 
 
 def leave_one_out(rewards, group_size):
-    """RLOO: an answer's reward minus the mean of the *other* answers to its prompt, (B,)."""
+    """RLOO's advantages, (B,): the reward minus the mean of the *other* answers to the prompt."""
     return group_advantages(rewards, group_size, scale=False) * group_size / (group_size - 1)
 
 
@@ -406,7 +465,7 @@ def grpo_loss(
     logprobs, old_logprobs, ref_logprobs, advantages, mask, *,
     clip_ratio, kl_coef, estimator="k3", unit="token",
 ):  # fmt: skip
-    """PPO's clipped objective with one advantage per answer (B,), and the KL in the loss."""
+    """PPO's clipped objective with one advantage per answer, (B,), plus kl_coef times the KL."""
     advantages = advantages[:, None].expand_as(logprobs)  # (B, R)
     loss, stats = ppo_policy_loss(
         logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio, unit=unit
@@ -418,13 +477,13 @@ def grpo_loss(
 def kl_loss(logprobs, ref_logprobs, mask, *, estimator, unit="token"):
     """The mean KL to the reference, as a term of a loss.
 
-    The gradient of k1 is that of the log-probs alone, and its expectation over the policy's own
-    samples is 0: as a loss k1 would hold nothing back. k2 and k3 do.
+    The gradient of k1 is the gradient of the log-probs alone. Its expectation over the policy's own
+    samples is 0, so as a loss k1 holds nothing back; k2 and k3 do.
     """
     if estimator == "k1":
         raise CourseError(
-            "estimator = 'k1' has a gradient of zero on average, so as a loss it holds nothing "
-            "back: use 'k2' or 'k3'."
+            "estimator = 'k1' has a gradient of zero on average, so as a loss it does not hold the "
+            "policy near the reference: use 'k2' or 'k3'."
         )
     gap = torch.where(mask, logprobs - ref_logprobs, 0)
     return mean_over(kl_estimate(gap, 0, estimator=estimator), mask, unit)
@@ -433,21 +492,25 @@ def kl_loss(logprobs, ref_logprobs, mask, *, estimator, unit="token"):
 def dpo_loss(
     chosen, rejected, ref_chosen, ref_rejected, *, beta, loss_type="sigmoid", label_smoothing=0.0
 ):
-    """DPO from summed log-probs (B,); its reward is implicit: beta log(policy / reference)."""
+    """DPO: -log sigmoid(beta margin), from the summed log-probs of whole answers, (B,) each.
+
+    The margin compares how much more likely the chosen and the rejected answer have become since
+    the reference. `hinge` and `ipo` replace the log-sigmoid.
+    """
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-    if label_smoothing and loss_type != "sigmoid":
-        raise CourseError(f"label_smoothing = {label_smoothing} is for the sigmoid loss only.")
     if loss_type == "sigmoid":
-        wins, fails = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
-        loss = (1 - label_smoothing) * wins + label_smoothing * fails
+        right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+        loss = (1 - label_smoothing) * right + label_smoothing * wrong
+    elif label_smoothing:
+        raise CourseError(f"label_smoothing = {label_smoothing} works with loss_type = 'sigmoid'.")
     elif loss_type == "hinge":
         loss = torch.relu(1 - beta * margin)
     elif loss_type == "ipo":
         loss = (margin - 1 / (2 * beta)) ** 2
     else:
-        raise CourseError(f"loss_type = {loss_type!r} is not known; known are sigmoid, hinge, ipo.")
+        raise CourseError(f"loss_type = {loss_type!r} is not known; use sigmoid, hinge or ipo.")
     stats = {
-        "accuracy": (margin > 0).float().mean(),
+        "accuracy": (margin > 0).float().mean() + 0.5 * (margin == 0).float().mean(),
         "margin": beta * margin.mean(),
         "chosen_logprob": chosen.mean(),
         "rejected_logprob": rejected.mean(),
@@ -460,285 +523,15 @@ def detached(stats):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Rewards
-
-
-class RewardModel:
-    """A trained critic as a reward: `reward(prompts, responses) -> list[float]`.
-
-    Its raw scores have no scale of their own. They come out in units of the spread between answers
-    of the actor to one and the same prompt, with the actor's mean at 0.
-    """
-
-    def __init__(self, path, cfg):
-        self.model = models.frozen(load_scorer(path, cfg), cfg)
-        self.tokenizer = load_tokenizer(path, cfg)
-        self.cfg = cfg
-        self.mean = getattr(self.model.config, "reward_mean", 0.0)
-        self.std = getattr(self.model.config, "reward_std", 1.0)
-
-    def __call__(self, prompts, responses):
-        def work(rows):
-            tokens = encode_pairs(self.tokenizer, *zip(*rows), self.cfg, self.model.device)
-            return answer_scores(self.model, *tokens).tolist()
-
-        scores = sum(in_parts(work, list(zip(prompts, responses)), self.cfg, self.model), [])
-        return [(score - self.mean) / self.std for score in scores]
-
-
-def chunks(rows, size):
-    """A list, a tensor or a range in slices."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-@dataclass
-class Crew:
-    """Who takes part in RLHF. A test needs no value model."""
-
-    tokenizer: object
-    policy: torch.nn.Module  # learns
-    reference: torch.nn.Module | None  # the actor as it was; None: the policy without its adapter
-    reward: object  # any callable reward(prompts, responses) -> list[float]
-    value_model: torch.nn.Module | None = None  # learns what to expect; PPO alone needs it
-
-    def as_reference(self):
-        """`with crew.as_reference() as model:` the model that says where learning began."""
-        if self.reference is not None:
-            return nullcontext(self.reference)
-        return models.without_adapter(self.policy)
-
-
-@dataclass
-class Rollout:
-    """What one round of answers left behind. Tensors are (B, R) unless they say otherwise."""
-
-    prompts: list
-    responses: list  # texts
-    tokens: tuple  # prompt_ids, prompt_mask (B, P), response_ids, response_mask
-    sampled: torch.Tensor  # log pi_old(a | s), found while sampling
-    logprobs: torch.Tensor  # the same, found by scoring: what ratios are taken from
-    ref_logprobs: torch.Tensor  # log pi_ref(a | s)
-    values: torch.Tensor  # V(s)
-    scores: torch.Tensor  # (B,), what the reward says, after clip and penalties
-    ended: torch.Tensor  # (B,), whether an answer closed with its eos
-    advantages: torch.Tensor
-    returns: torch.Tensor
-    kl_coef: float  # the price of KL
-    parts: dict  # {name: mean} of the rewards that make up the sum
-    seconds: dict  # that it took to generate and to score
-
-    @property
-    def mask(self):
-        return self.tokens[3]
-
-    @property
-    def sampling_error(self):
-        """How far scoring finds an average token's probability off the one it was sampled with."""
-        return masked_mean((self.logprobs - self.sampled).expm1().abs(), self.mask).item()
-
-    @property
-    def kl(self):
-        """KL to the reference per answer, (B,)."""
-        return kl_estimate(self.logprobs, self.ref_logprobs).sum(1)
-
-    def lengths(self):
-        """Tokens of each prompt and its answer."""
-        return (self.tokens[1].sum(1) + self.mask.sum(1)).tolist()
-
-    def part(self, rows, device):
-        """The rows of one minibatch, without the columns that only they do not need."""
-        prompt_ids, prompt_mask, response_ids, mask = (x[rows].to(device) for x in self.tokens)
-        P, R = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
-        tokens = prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], mask[:, :R]
-        names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
-        return tokens, {name: getattr(self, name)[rows, :R].to(device) for name in names}
-
-
-def token_rewards(scores, kl, mask, kl_coef):
-    """The price of each token's KL, and the score of the answer on its last real token, (B, R)."""
-    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    return torch.where(mask, last * scores[:, None] - kl_coef * kl, 0)
-
-
-@torch.no_grad()
-def collect(crew, prompts, cfg, *, kl_coef, generator, size=None, running=None):
-    """Answers to some prompts, scored, and priced by their distance from the reference.
-
-    `size` rows go through the models at once: all of them, unless that needs too much memory.
-    `running` holds what `normalised` knows of earlier scores.
-    """
-    prompt = encode_prompts(crew.tokenizer, prompts, cfg, crew.policy.device)
-    index = chunks(range(len(prompts)), size or len(prompts))
-    pieces = [answer_and_score(crew, prompts, prompt, rows, cfg, generator) for rows in index]
-    texts, parts, seconds, *columns = zip(*pieces)
-    ids, mask, sampled, logprobs, ref_logprobs, values, scores = map(stack, columns)
-    tokens = (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask)
-    if cfg.reward_norm:
-        scores = normalised(scores, {} if running is None else running)
-    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) - cfg.length_penalty * mask.sum(1)
-    whole = ended(ids, mask, stops_of(crew.policy, crew.tokenizer))
-    scores -= cfg.missing_eos_penalty * ~whole
-    kl = kl_estimate(logprobs, ref_logprobs, estimator=cfg.kl_estimator)
-    price = kl_coef if cfg.kl_in == "reward" else 0
-    found = advantages_of(scores, kl, price, values, mask, cfg)
-    means = {name: sum(sum(p[name]) for p in parts) / len(prompts) for name in parts[0]}
-    seconds = {name: sum(s[name] for s in seconds) for name in seconds[0]}
-    models_say = tokens, sampled, logprobs, ref_logprobs, values, scores, whole
-    return Rollout(prompts, sum(texts, []), *models_say, *found, kl_coef, means, seconds)
-
-
-def answer_and_score(crew, prompts, prompt, rows, cfg, generator):
-    """Texts of the answers to some rows, all that the models say about them, and the seconds."""
-    prompt, prompts = [x[rows.start : rows.stop] for x in prompt], [prompts[i] for i in rows]
-    how, start = {"temperature": cfg.temperature, "entropy": False}, time.perf_counter()
-    with models.autocast(cfg, crew.policy):
-        response_ids, mask, sampled = sample(crew.policy, crew.tokenizer, *prompt, cfg, generator)
-        tokens = (*prompt, response_ids, mask)
-        responses = decode(crew.tokenizer, response_ids, mask)
-        written = time.perf_counter()
-        with matmul.fast_matmul(crew.policy):
-            scores, parts = ask(crew.reward, prompts, responses)
-            logprobs = sampled
-            if models.precision(cfg) != "float32":  # half precision rounds differently in sampling
-                logprobs, _ = response_logprobs(crew.policy, *tokens, **how)
-            with crew.as_reference() as reference:
-                ref_logprobs, _ = response_logprobs(reference, *tokens, **how)
-            values = torch.zeros_like(logprobs)
-            if crew.value_model is not None:
-                values = answer_values(crew.value_model, *tokens)
-    scores = scores.to(mask.device)
-    seconds = {"generate": written - start, "score": time.perf_counter() - written}
-    models_say = response_ids, mask, sampled, logprobs, ref_logprobs, values, scores
-    return responses, parts, seconds, *models_say
-
-
-def advantages_of(scores, kl, price, values, mask, cfg):
-    """(advantages, returns), (B, R): how much better things went than was to be expected.
-
-    PPO expects what its value model says before each token; GRPO and RLOO the mean of the other
-    answers to the same prompt; any other algorithm gets the distance from the rollout's mean.
-    """
-    if cfg.algorithm == "ppo":
-        rewards = token_rewards(scores, kl, mask, price)
-        advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
-        return (masked_whiten(advantages, mask) if cfg.whiten else advantages), returns
-    totals = scores - price * (kl * mask).sum(1)
-    if cfg.algorithm == "grpo":
-        advantages = group_advantages(totals, cfg.answers, scale=cfg.group_scale)
-    elif cfg.algorithm == "rloo":
-        advantages = leave_one_out(totals, cfg.answers)
-    else:
-        advantages = totals - totals.mean()
-    return advantages[:, None] * mask, totals[:, None] * mask
-
-
-def sample(model, tokenizer, prompt_ids, prompt_mask, cfg, generator, temperature=None):
-    """`generate` in the course's one way: no top-k, no top-p, no repetition penalty."""
-    return generate(
-        model,
-        prompt_ids,
-        prompt_mask,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature if temperature is None else temperature,
-        eos_token_id=stops_of(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        generator=generator,
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# 8. Optimisation
-
-
-class Optimiser(Sturdy):
-    """AdamW with warm-up, decay and gradient clipping for one or more models.
-
-    `state` holds the few numbers, besides weights and moments, that a stopped run needs again.
-    """
-
-    def __init__(self, cfg, rates, steps, *, batch, frozen=(), say=print):
-        """`rates`: (model, peak learning rate) pairs; `batch`: rows of an update."""
-        super().__init__(cfg, [model for model, _ in rates], frozen, say)
-        self.steps = max(steps, 1)
-        self.parameters = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
-        self.peaks = [rate for _, rate in rates]
-        self.sizes |= {"micro_batch": cfg.micro_batch or batch}
-        self.state |= self.sizes
-        fp16, device = models.precision(cfg) == "fp16", self.models[0].device.type
-        # Small gradients of fp16 stay above 0; losses are sums here, so torch's 2**16 is too much.
-        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=fp16)
-        self.adamw = torch.optim.AdamW(
-            [{"params": group} for group in self.parameters],
-            betas=(cfg.beta1, cfg.beta2),
-            weight_decay=cfg.weight_decay,
-            fused=True,
-        )
-
-    def step(self, rows, loss_of, progress):
-        """One update from the loss of `rows`, at `progress`, the number of steps before it.
-
-        `loss_of(rows)` gives a mean loss, the number of tokens or rows it is a mean of, and stats.
-        """
-        if "scaler" in self.state:  # of fp16, as it was at the last step
-            self.scaler.load_state_dict(self.state["scaler"])
-
-        def work(_):
-            with models.autocast(self.cfg, self.models[0]):
-                size = self.update_size(rows, loss_of)
-            return self.gradient(rows, loss_of, size)
-
-        stats = self.fit(work, "micro_batch")
-        ramp = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
-        scale = ramp * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
-        for group, peak in zip(self.adamw.param_groups, self.peaks):
-            group["lr"] = peak * scale
-        self.scaler.unscale_(self.adamw)
-        clip = torch.nn.utils.clip_grad_norm_
-        norms = [float(clip(group, self.cfg.grad_clip)) for group in self.parameters]
-        self.take(all(map(math.isfinite, [stats["loss"], *norms])), int(progress) + 1)
-        figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
-        return stats | figures | {"skipped": self.state["skipped"]}
-
-    def gradient(self, rows, loss_of, size):
-        """Backward, `size` rows at once: pieces weighted by their size make the same gradient."""
-        self.adamw.zero_grad()
-        self.tidy()
-        parts, total, pieces = [], 0, chunks(rows, size)
-        for piece in pieces:
-            with matmul.fast_matmul(self.models[0]):
-                with models.autocast(self.cfg, self.models[0]):
-                    loss, weight, stats = loss_of(piece)
-                weight = weight if pieces[1:] else 1
-                self.scaler.scale(loss * weight).backward()
-            parts.append((weight, stats | {"loss": loss.detach()}))
-            total += weight
-        learning = [p for group in self.parameters for p in group if p.grad is not None]
-        for parameter in learning if pieces[1:] else []:
-            parameter.grad /= total
-        figures = {name: [float(s[name]) for _, s in parts] for name in parts[0][1]}
-        means = {n: sum(w * x for (w, _), x in zip(parts, xs)) / total for n, xs in figures.items()}
-        return means | {n: max(xs) for n, xs in figures.items() if n.endswith("_q99")}
-
-
-def next_kl_coef(kl_coef, kl, cfg):
-    """Ziegler's controller: KL above its target raises the price, below lowers it, 20 % at most."""
-    if not cfg.kl_target:
-        return kl_coef
-    error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
-    return kl_coef * (1 + error * cfg.rollout / cfg.kl_horizon)
-
-
-# ------------------------------------------------------------------------------------------------
-# 9. Training
+# 7. Pretraining (0_download)
 
 
 def open_stage(cfg, name, inputs=(), data="train.json", code=None):
-    """The folder that a stage fills; it appears in model/ when it is whole.
+    """The folder that a training fills. It appears as model/<name> when it is complete.
 
-    `code` tells functions of one's own apart, so that a stopped run never goes on with others.
+    `code` identifies your own functions, so that a resumed run never continues with other ones.
     """
-    torch.manual_seed(cfg.seed)  # for the dropout of models that have some
+    torch.manual_seed(cfg.seed)  # for models with dropout
     data = [Path(cfg.root) / "dataset" / data]
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
@@ -746,9 +539,9 @@ def open_stage(cfg, name, inputs=(), data="train.json", code=None):
 
 
 def train_base(cfg, base=None):
-    """A ready base model is copied, `tiny` is pretrained; its tokenizer goes to tokenizer/ too.
+    """Copies a base model that exists already, or pretrains `tiny`. Writes tokenizer/ too.
 
-    `base` is what `choose_base(cfg)` found, if it was asked before.
+    `base` is the result of `choose_base(cfg)`, if you have called it already.
     """
     base = base or choose_base(cfg)
     with open_stage(cfg, "base") as stage:
@@ -763,16 +556,14 @@ def train_base(cfg, base=None):
 
 
 def pretrain(cfg, stage):
-    """From random weights, learn to predict the next token of the world's text."""
+    """From random weights, `tiny` learns to predict the next token of the embedded world's text."""
     texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
     sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
-    data, model = (
-        blocks(tokenizer, texts, cfg),
-        tiny_model(cfg, tokenizer).to(pick_device(cfg)),
-    )
-    trouble.enough(cfg, data)
-    rates, size = [(model.train(), cfg.pretrain_lr)], cfg.pretrain_batch
+    data = blocks(tokenizer, texts, cfg)  # (blocks, pretrain_length)
+    checks.check_pretraining(cfg, data)
+    model = tiny_model(cfg, tokenizer).to(pick_device(cfg)).train()
+    rates, size = [(model, cfg.pretrain_lr)], cfg.pretrain_batch
     optimiser = Optimiser(cfg, rates, cfg.pretrain_steps, batch=size, say=stage.say)
     yield from stage.past
 
@@ -781,17 +572,17 @@ def pretrain(cfg, stage):
 
     for step in stage.steps(cfg.pretrain_steps, optimiser):
         start = time.perf_counter()
-        rows = torch.randint(len(data), (size,), generator=dice(cfg, "block", step)).tolist()
-        stats = {"step": step + 1, "steps": cfg.pretrain_steps}
-        stats |= optimiser.step(rows, loss_of, step)
+        rows = torch.randint(len(data), (size,), generator=rng_for(cfg, "block", step)).tolist()
+        metrics = {"step": step + 1, "steps": cfg.pretrain_steps}
+        metrics |= optimiser.step(rows, loss_of, step)
         if step % 20 == 0 or step == cfg.pretrain_steps - 1:
-            stats["copying"] = copying(model, tokenizer, texts[-48:], cfg)
-        yield stage.log(timed(stats, start, tokens=size * cfg.pretrain_length))
+            metrics["copying"] = copying(model, tokenizer, texts[-48:], cfg)
+        yield stage.log(timed(metrics, start, tokens=size * cfg.pretrain_length))
     return model, tokenizer
 
 
 def next_token_loss(model, ids):
-    """Cross-entropy of every token given those before it; ids (B, T)."""
+    """The cross-entropy of every token given the tokens before it; ids are (B, T)."""
     read = ids[:, :-1], torch.ones_like(ids[:, 1:], dtype=torch.bool)
     hidden, head = fast_path.hidden_states(model, *read, read[1])
     return F.cross_entropy(head(hidden).float(), ids[:, 1:].flatten())
@@ -799,25 +590,37 @@ def next_token_loss(model, ids):
 
 @torch.no_grad()
 def copying(model, tokenizer, texts, cfg):
-    """How often the model foresees a word of the answer that stands in the question."""
+    """Of the answer tokens that also occur in the question: the share that the model predicts."""
     questions, answers = zip(*texts)
     tokens = encode_pairs(tokenizer, questions, answers, cfg, model.device)
     copied = (tokens[2][:, :, None] == tokens[0][:, None, :]).any(2) & tokens[3]  # (B, R)
     with models.autocast(cfg, model):
-        foreseen = answer_logits(model, *tokens).argmax(-1) == tokens[2][tokens[3]]  # (N,)
-    return masked_mean(foreseen.float(), copied[tokens[3]]).item()
+        right = answer_logits(model, *tokens).argmax(-1) == tokens[2][tokens[3]]  # (N,)
+    return masked_mean(right.float(), copied[tokens[3]]).item()
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Fine-tuning (1_actor)
+
+
+def load_pair(cfg, name, **extra):
+    """The tokenizer and the language model of a finished stage."""
+    return load_both(cfg, artifact(cfg.root, name), f"model/{name}", **extra)
 
 
 def train_actor(cfg):
-    """Supervised fine-tuning: the crowd's answers become likelier; prompts do not count."""
+    """Supervised fine-tuning (SFT): raises the log-probs of the answers, not of the prompts."""
     with open_stage(cfg, "actor", inputs=["base"]) as stage:
         tokenizer, model = load_pair(cfg, "base", **models.in_4_bits(cfg))
         model = models.trainable(model, cfg)
         rows = load_rows(cfg, "sft", needs=("prompt", "response"))
-        held, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
+        held_out, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
         if not rows:
-            raise CourseError(f"validation_rows = {len(held)} leaves none of {len(held)} rows.")
-        note_texts(stage.say, tokenizer, rows, ["response"], cfg)
+            raise CourseError(
+                f"validation_rows = {cfg.validation_rows} takes all {len(held_out)} rows of the "
+                "SFT share and leaves none to train on: lower it."
+            )
+        checks.warn_about_texts(stage.say, tokenizer, rows, ["response"], cfg)
         plan = epochs(cfg, "sft", len(rows), cfg.actor_batch, cfg.actor_epochs)
         rates, loss_of = [(model, cfg.actor_lr)], partial(sft_loss, model, tokenizer, cfg)
         optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.actor_batch, say=stage.say)
@@ -827,21 +630,16 @@ def train_actor(cfg):
             model.train()
             metrics = {"step": step + 1, "steps": len(plan)}
             metrics |= optimiser.step([rows[i] for i in plan[step]], loss_of, step)
-            if held and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
-                metrics["validation_loss"] = validation_loss(model, tokenizer, held, cfg)
+            if held_out and ((step + 1) % max(1, len(plan) // 8) == 0 or step + 1 == len(plan)):
+                metrics["validation_loss"] = validation_loss(model, tokenizer, held_out, cfg)
             yield stage.log(timed(metrics, start, rows=len(plan[step])))
-        del optimiser  # its moments
+        del optimiser  # frees AdamW's moments
         stage.summary = {"loss": metrics.get("validation_loss", metrics["loss"])}
         models.save(model, tokenizer, stage.folder)
 
 
-def load_pair(cfg, name, **extra):
-    """Tokenizer and language model of a finished stage."""
-    return load_both(cfg, artifact(cfg.root, name), f"model/{name}", **extra)
-
-
 def sft_loss(model, tokenizer, cfg, rows):
-    """Minus the mean log-prob of the answers' tokens, eos included; and how many there are."""
+    """Minus the mean log-prob of the answer tokens, eos included; their number; no stats."""
     texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
     tokens = encode_pairs(tokenizer, *texts, cfg, model.device)
     logprobs, _ = response_logprobs(model, *tokens, entropy=False)
@@ -850,39 +648,41 @@ def sft_loss(model, tokenizer, cfg, rows):
 
 def validation_loss(model, tokenizer, rows, cfg):
     work = partial(sft_loss, model, tokenizer, cfg)
-    losses = [told[:2] for told in in_parts(work, rows, cfg, model, learning=[model])]
+    losses = [loss[:2] for loss in in_parts(work, rows, cfg, model, learning=[model])]
     return sum(loss.item() * count for loss, count in losses) / sum(n for _, n in losses)
 
 
-def train_critic(cfg):
-    """The reward model: of two answers to a prompt, the one people chose should score higher.
+# ------------------------------------------------------------------------------------------------
+# 9. Reward model (2_critic)
 
-    An ensemble learns side by side, each member from the same pairs in an order of its own.
+
+def train_critic(cfg):
+    """Trains the reward model: of two answers, the one that people chose should score higher.
+
+    The members of an ensemble are trained side by side on the same pairs, each in its own order.
     """
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
         rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
-        note_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
+        checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plans = [
             epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
             for i in range(cfg.ensemble)
         ]
-        rates, loss_of = (
-            [(m, cfg.critic_lr) for m in members],
-            partial(critic_loss, members, tokenizer, cfg),
-        )
+        rates = [(member, cfg.critic_lr) for member in members]
+        loss_of = partial(critic_loss, members, tokenizer, cfg)
         optimiser = Optimiser(cfg, rates, len(plans[0]), batch=cfg.critic_batch, say=stage.say)
         yield from stage.past
         metrics = stage.past[-1] if stage.past else {}
-        for step in stage.steps(len(plans[0]), optimiser, keep_last=True):  # the scale may fail
+        for step in stage.steps(len(plans[0]), optimiser, keep_last=True):  # score_scale may fail
             start = time.perf_counter()
             batch = [[rows[i] for i in places] for places in zip(*(plan[step] for plan in plans))]
             metrics = {"step": step + 1, "steps": len(plans[0])}
             metrics |= optimiser.step(batch, loss_of, step)
             metrics = stage.log(timed(metrics, start, rows=len(batch)))
             yield metrics
-        del optimiser  # its moments make room for the actor
+        del optimiser  # frees AdamW's moments for the actor
         stage.summary = {"accuracy": metrics["accuracy"]}
         for i, model in enumerate(members):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
@@ -890,27 +690,29 @@ def train_critic(cfg):
 
 
 def critic_from_actor(cfg, member=0):
-    """The actor's body under a new head of zeros: it can read, it has no opinion yet."""
-    torch.manual_seed(cfg.seed + member)  # for the adapters, which begin at random
-    return models.trainable(
-        load_scorer(artifact(cfg.root, "actor"), cfg, **models.in_4_bits(cfg)), cfg
-    ).train()
+    """The actor with a new head that gives one number. The head is zero: every answer scores 0."""
+    torch.manual_seed(cfg.seed + member)  # adapters start at random
+    scorer = load_scorer(artifact(cfg.root, "actor"), cfg, **models.in_4_bits(cfg))
+    return models.trainable(scorer, cfg).train()
 
 
 def critic_loss(members, tokenizer, cfg, batch):
-    """Pairs put in order, at a small price for scores far from zero; a column a member."""
+    """The pairwise loss of every ensemble member, plus a small penalty that keeps scores near 0.
+
+    Each row of the batch has one pair for each member.
+    """
     losses, stats = [], []
     for model, rows in zip(members, zip(*batch)):
         scores = pair_scores(model, tokenizer, rows, cfg)
-        loss, told = pairwise_loss(*scores)
+        loss, figures = pairwise_loss(*scores)
         losses.append(loss + cfg.score_penalty * torch.cat(scores).square().mean())
-        stats.append(told)
-    means = {name: sum(told[name] for told in stats) / len(stats) for name in stats[0]}
+        stats.append(figures)
+    means = {name: sum(figures[name] for figures in stats) / len(stats) for name in stats[0]}
     return sum(losses), len(batch), means
 
 
 def pair_scores(model, tokenizer, rows, cfg):
-    """Scores of the chosen and of the rejected answers, (B,) each, from one forward pass."""
+    """The scores of the chosen and of the rejected answers, (B,) each, from one forward pass."""
     answers = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     prompts = [row["prompt"] for row in rows] * 2
     tokens = encode_pairs(tokenizer, prompts, answers, cfg, model.device)
@@ -918,30 +720,91 @@ def pair_scores(model, tokenizer, rows, cfg):
 
 
 def score_scale(model, cfg):
-    """Mean of the scores of the actor's answers, and their spread between answers to one prompt."""
+    """The mean score of the actor's answers, and their standard deviation within a prompt.
+
+    Training fixes only differences between scores. These two numbers turn them into rewards with a
+    known scale: 0 is the actor's mean, 1 one standard deviation of its answers to one prompt.
+    """
     tokenizer, actor = load_pair(cfg, "actor")
     rows = load_rows(cfg, "prompt")[: cfg.norm_prompts]
     prompts = [row["prompt"] for row in rows for _ in range(cfg.norm_answers)]
-    score = partial(answer_scores, model)
+    rng, score = rng_for(cfg, "scale"), partial(answer_scores, model)
     with models.eval_mode(model):
-        parts = answer(actor, tokenizer, prompts, cfg, dice(cfg, "scale"), then=score)
+        parts = generate_answers(actor, tokenizer, prompts, cfg, rng, then=score)
         groups = torch.cat(list(parts)).view(-1, cfg.norm_answers)  # (prompts, answers)
     return groups.mean().item(), max(groups.var(1).mean().sqrt().item(), 1e-3)
 
 
-def answer(model, tokenizer, prompts, cfg, generator, temperature=None, then=lambda *t: t):
-    """Answers to many prompts, as many at once as fit: what `then` makes of each batch's tokens."""
+class RewardModel:
+    """A trained critic as a reward: `reward(prompts, responses) -> list[float]`."""
 
-    def work(part):
-        prompt = encode_prompts(tokenizer, part, cfg, model.device)
-        out = sample(model, tokenizer, *prompt, cfg, generator, temperature)
-        return then(*prompt, *out[:2])
+    def __init__(self, path, cfg):
+        self.model = models.frozen(load_scorer(path, cfg), cfg)
+        self.tokenizer = load_tokenizer(path, cfg)
+        self.cfg = cfg
+        self.mean = getattr(self.model.config, "reward_mean", 0.0)  # see score_scale
+        self.std = getattr(self.model.config, "reward_std", 1.0)
 
-    yield from in_parts(work, prompts, cfg, model, generator)
+    def __call__(self, prompts, responses):
+        def work(rows):
+            tokens = encode_pairs(self.tokenizer, *zip(*rows), self.cfg, self.model.device)
+            return answer_scores(self.model, *tokens).tolist()
+
+        scores = sum(in_parts(work, list(zip(prompts, responses)), self.cfg, self.model), [])
+        return [(score - self.mean) / self.std for score in scores]
 
 
-def value_model_of(cfg):
-    """The value model: the reward model, its head in the reward's units; or the actor's body."""
+def load_reward(cfg):
+    """The reward that cfg.reward describes: a weighted sum of named rewards. The name `model`
+    stands for the reward model of 2_critic, or for its ensemble."""
+
+    def trained():
+        folder = artifact(cfg.root, "critic")
+        members = [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
+        return Ensemble(members, cfg.ensemble_rule, cfg.ensemble_k) if members[1:] else members[0]
+
+    return parse(cfg.reward, trained)
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. PPO (3_rlhf)
+
+
+@dataclass
+class Crew:
+    """The models of RLHF."""
+
+    tokenizer: object
+    policy: torch.nn.Module  # the model that learns
+    reference: torch.nn.Module | None  # the actor, frozen; None: the policy without its adapters
+    reward: object  # any callable reward(prompts, responses) -> list[float]
+    value_model: torch.nn.Module | None = None  # predicts returns; only PPO needs it
+
+    def as_reference(self):
+        """`with crew.as_reference() as model:` gives the reference model."""
+        if self.reference is not None:
+            return nullcontext(self.reference)
+        return models.without_adapter(self.policy)
+
+
+def load_crew(cfg, reward=None):
+    """Policy and reference start as the actor, the value model as `cfg.value_init` says.
+
+    With adapters the reference needs no weights of its own: it is the policy without them.
+    """
+    tokenizer, policy = load_pair(cfg, "actor", **models.in_4_bits(cfg))
+    policy = models.trainable(policy, cfg, drop=False)  # dropout would move the ratio away from 1
+    reference = None if cfg.lora_rank else models.frozen(load_pair(cfg, "actor")[1], cfg)
+    reward = None if cfg.algorithm == "dpo" else reward or load_reward(cfg)
+    crew = Crew(tokenizer, policy, reference, reward)
+    if cfg.algorithm == "ppo":
+        crew.value_model = models.trainable(load_value_model(cfg), cfg, drop=False)
+    return crew
+
+
+def load_value_model(cfg):
+    """The value model starts as the reward model, with the reward's scale built into its head; or
+    as the actor's body with a head of zeros."""
     if cfg.value_init == "actor":
         return load_scorer(artifact(cfg.root, "actor"), cfg, **models.in_4_bits(cfg))
     model = load_scorer(artifact(cfg.root, "critic"), cfg, **models.in_4_bits(cfg))
@@ -954,35 +817,124 @@ def value_model_of(cfg):
     return model
 
 
-def load_reward(cfg):
-    """What cfg.reward spells out: a sum of named rewards, `model` being the trained ones."""
+@dataclass
+class Rollout:
+    """A batch of sampled answers and what every model said about them before the update.
 
-    def trained():
-        folder = artifact(cfg.root, "critic")
-        members = [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
-        return Ensemble(members, cfg.ensemble_rule, cfg.ensemble_k) if members[1:] else members[0]
-
-    return parse(cfg.reward, trained)
-
-
-def assemble(cfg, reward=None):
-    """Policy and reference start as the actor, the value model (for PPO) as the critic.
-
-    With adapters the reference needs no model of its own: it is the policy without them.
+    Tensors are (B, R) unless a comment says otherwise.
     """
-    tokenizer, policy = load_pair(cfg, "actor", **models.in_4_bits(cfg))
-    policy = models.trainable(policy, cfg, drop=False)
-    reference = None if cfg.lora_rank else models.frozen(load_pair(cfg, "actor")[1], cfg)
-    reward = None if cfg.algorithm == "dpo" else reward or load_reward(cfg)
-    values = (
-        models.trainable(value_model_of(cfg), cfg, drop=False) if cfg.algorithm == "ppo" else None
-    )
-    return Crew(tokenizer, policy, reference, reward, values)
+
+    prompts: list
+    responses: list  # texts
+    tokens: tuple  # prompt_ids, prompt_mask (B, P), response_ids, response_mask
+    sampled: torch.Tensor  # log-probs of the policy, from sampling
+    logprobs: torch.Tensor  # the same from scoring: the old log-probs of the ratio
+    ref_logprobs: torch.Tensor  # log-probs of the reference
+    values: torch.Tensor
+    scores: torch.Tensor  # (B,), the reward of each answer, clipped, with penalties
+    ended: torch.Tensor  # (B,), whether the answer ended with an eos
+    kl_coef: float
+    parts: dict  # {name: mean} of the rewards in the sum
+    seconds: dict  # spent on generating and on scoring
+    advantages: torch.Tensor = None
+    returns: torch.Tensor = None
+
+    @property
+    def mask(self):
+        return self.tokens[3]
+
+    @property
+    def kl(self):
+        """KL to the reference per answer, (B,)."""
+        return kl_estimate(self.logprobs, self.ref_logprobs).sum(1)
+
+    @property
+    def sampling_error(self):
+        """How far the ratio between scoring and sampling is from 1 on average."""
+        return masked_mean((self.logprobs - self.sampled).expm1().abs(), self.mask).item()
+
+    def lengths(self):
+        """Tokens of each prompt and its answer."""
+        return (self.tokens[1].sum(1) + self.mask.sum(1)).tolist()
+
+    def minibatch(self, rows, device):
+        """Some rows, without the columns that are padding in all of them: the four token tensors,
+        and a dict of what was computed before the update."""
+        prompt_ids, prompt_mask, response_ids, mask = (x[rows].to(device) for x in self.tokens)
+        P, R = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+        tokens = prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], mask[:, :R]
+        names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
+        return tokens, {name: getattr(self, name)[rows, :R].to(device) for name in names}
 
 
-def ppo(crew, rollout, cfg, rows):
-    """The loss of some rows: policy, values and entropy together. `old` is what was true then."""
-    tokens, old = rollout.part(rows, crew.policy.device)
+def make_rollout(crew, prompts, cfg, generator, *, optimiser=None):
+    """The policy answers the prompts, then every model reads the answers. No gradients.
+
+    The optimiser of a training knows how many rows fit into memory at a time, the current kl_coef,
+    and the running statistics of `reward_norm`.
+    """
+    seconds = {"generate": 0.0, "score": 0.0}
+    prompt = encode_prompts(crew.tokenizer, prompts, cfg, crew.policy.device)  # (B, P)
+    how = {"temperature": cfg.temperature, "entropy": False}
+
+    def work(rows):
+        start = time.perf_counter()
+        asked, texts = [x[rows.start : rows.stop] for x in prompt], [prompts[i] for i in rows]
+        config = sampling(cfg, crew.policy, crew.tokenizer)
+        response_ids, mask, sampled = generate(crew.policy, *asked, **config, generator=generator)
+        responses = decode(crew.tokenizer, response_ids, mask)
+        seconds["generate"] += time.perf_counter() - start
+
+        start, tokens = time.perf_counter(), (*asked, response_ids, mask)
+        with matmul.fast_matmul(crew.policy):
+            scores, parts = ask(crew.reward, texts, responses)  # (b,)
+            logprobs = sampled
+            if models.precision(cfg) != "float32":  # half precision rounds differently in sampling
+                logprobs, _ = response_logprobs(crew.policy, *tokens, **how)
+            with crew.as_reference() as reference:
+                ref_logprobs, _ = response_logprobs(reference, *tokens, **how)
+            values = torch.zeros_like(logprobs)
+            if crew.value_model is not None:
+                values = answer_values(crew.value_model, *tokens)
+        seconds["score"] += time.perf_counter() - start
+        tensors = response_ids, mask, sampled, logprobs, ref_logprobs, values
+        return responses, parts, *tensors, scores.to(mask.device)
+
+    rows = range(len(prompts))
+    if optimiser:
+        pieces = optimiser.in_parts(work, rows, generator)
+    else:
+        pieces = in_parts(work, rows, cfg, crew.policy, generator)
+    responses, parts, *columns = zip(*pieces)
+    ids, mask, sampled, logprobs, ref_logprobs, values, scores = map(stack, columns)  # (B, R)
+    whole = ended(ids, mask, stops_of(crew.policy, crew.tokenizer))
+    state = optimiser.state if optimiser else {"kl_coef": cfg.kl_coef, "running": {}}
+    if cfg.reward_norm:
+        scores = normalised(scores, state["running"])
+    scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) - cfg.length_penalty * mask.sum(1)
+    scores -= cfg.missing_eos_penalty * ~whole
+    return Rollout(
+        prompts, sum(responses, []),
+        (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask),
+        sampled, logprobs, ref_logprobs, values, scores, whole, state["kl_coef"],
+        {name: sum(sum(part[name]) for part in parts) / len(prompts) for name in parts[0]},
+        seconds,
+    )  # fmt: skip
+
+
+def ppo_advantages(rollout, cfg):
+    """(advantages, returns), (B, R): how much better things went than the value model expected."""
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=cfg.kl_estimator)
+    kl_coef = rollout.kl_coef if cfg.kl_in == "reward" else 0
+    rewards = token_rewards(rollout.scores, kl, rollout.mask, kl_coef)
+    advantages, returns = gae(rewards, rollout.values, rollout.mask, gamma=cfg.gamma, lam=cfg.lam)
+    return masked_whiten(advantages, rollout.mask) if cfg.whiten else advantages, returns
+
+
+def ppo_minibatch_loss(crew, rollout, cfg, rows):
+    """PPO's loss for some rows of a rollout: policy, values, entropy. Returns the mean loss, how
+    many tokens or answers it is a mean of, and stats."""
+    tokens, old = rollout.minibatch(rows, crew.policy.device)
     mask, unit = tokens[3], cfg.loss_mean
     logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
     policy_loss, stats = ppo_policy_loss(
@@ -1001,12 +953,157 @@ def ppo(crew, rollout, cfg, rows):
         kl = kl_loss(logprobs, ref_logprobs, mask, estimator=estimator, unit=unit)
         loss, stats = loss + rollout.kl_coef * kl, stats | {"kl_in_loss": kl}
     stats |= value_stats | {"value_loss": value_loss, "entropy": entropy}
-    return loss, weight_of(mask, unit), detached(stats | {"policy_loss": policy_loss})
+    return loss, count_of(mask, unit), detached(stats | {"policy_loss": policy_loss})
 
 
-def grpo(crew, rollout, cfg, rows):
-    """The same without values: GRPO and RLOO differ in their advantages alone."""
-    tokens, old = rollout.part(rows, crew.policy.device)
+def count_of(mask, unit):
+    """How much a micro-batch counts in the mean of its batch: its tokens, or its answers."""
+    return int(mask.sum()) if unit == "token" else len(mask)
+
+
+def rlhf_loop(crew, cfg, stage, minibatch_loss):
+    """The loop of PPO. GRPO, RLOO and your own loss run in it with other advantages and losses."""
+    prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
+    advantages_of = ADVANTAGES.get(cfg.algorithm, centred_advantages)
+    optimiser = rlhf_optimiser(crew, cfg, stage.say)
+    raised = checks.alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
+    for step in stage.steps(cfg.steps, optimiser):
+        start, kl_coef = time.perf_counter(), optimiser.state["kl_coef"]
+        if step % cfg.sample_every == 0:
+            stage.samples(sample_answers(crew, prompts[:8], cfg, step))
+
+        # 1. Rollout: sample answers; score them; log-probs of the reference; values
+        batch = prompt_batch(cfg, prompts, step)  # every prompt cfg.answers times in a row
+        generator = rng_for(cfg, "rollout", step)
+        rollout = make_rollout(crew, batch, cfg, generator, optimiser=optimiser)
+
+        # 2. Advantages: which tokens were better than expected?
+        rollout.advantages, rollout.returns = advantages_of(rollout, cfg)
+
+        # 3. Update: a few epochs over the rollout, in minibatches
+        middle, updates = time.perf_counter(), []
+        optimiser.length = rollout.lengths().__getitem__
+        loss_of = partial(minibatch_loss, crew, rollout, cfg)
+        per_step = cfg.ppo_epochs * math.ceil(len(batch) / cfg.minibatch)
+        for epoch in range(cfg.ppo_epochs):
+            for rows in batches(len(batch), cfg.minibatch, rng_for(cfg, "minibatch", step, epoch)):
+                stats = optimiser.step(rows, loss_of, step + len(updates) / per_step)
+                if not updates:  # nothing has changed yet: the ratio must be 1
+                    checks.check_ratios(rollout, stats, models.precision(cfg), optimiser)
+                updates.append(stats)
+            if cfg.stop_kl and stats.get("approx_kl", 0) > cfg.stop_kl:
+                break
+
+        # 4. Log; adapt kl_coef; warn if something looks wrong
+        end = time.perf_counter()
+        metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": kl_coef}
+        metrics |= rollout_metrics(rollout, cfg) | mean_of(updates)
+        if crew.value_model is not None:
+            explained = explained_variance(rollout.values, rollout.returns, rollout.mask)
+            metrics["explained_variance"] = explained.item()
+        metrics |= {"seconds_update": end - middle, "seconds": end - start}
+        if step + 1 == cfg.steps:
+            stage.samples(sample_answers(crew, prompts[:8], cfg, cfg.steps))
+        optimiser.state["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg)
+        yield metrics
+        before, raised = raised, checks.alerts(metrics, cfg.kl_limit)
+        stage.alert(before, raised, stop=cfg.stop_on_alert)
+
+
+def next_kl_coef(kl_coef, kl, cfg):
+    """Ziegler's controller: raises kl_coef while KL is above `kl_target`, lowers it below."""
+    if not cfg.kl_target:
+        return kl_coef
+    error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
+    return kl_coef * (1 + error * cfg.rollout / cfg.kl_horizon)
+
+
+def rlhf_optimiser(crew, cfg, say=print):
+    """AdamW for the policy, and for the value model if there is one."""
+    rates, frozen = [(crew.policy, cfg.policy_lr)], [crew.reference, *models_in(crew.reward)]
+    if crew.value_model is not None:
+        rates.append((crew.value_model, cfg.value_lr))
+    frozen = [model for model in frozen if model is not None]
+    optimiser = Optimiser(cfg, rates, cfg.steps, batch=cfg.minibatch, frozen=frozen, say=say)
+    optimiser.state |= {"kl_coef": cfg.kl_coef, "running": {}}
+    return optimiser
+
+
+def sample_answers(crew, prompts, cfg, step):
+    """Answers to the same few prompts, greedy and sampled with the same random numbers every time,
+    so that you can compare them between steps. `step` counts the steps taken so far."""
+    rows = [{"prompt": prompt} for prompt in prompts]
+    for temperature in (0.0, cfg.temperature):
+        rng = rng_for(cfg, "samples")
+        for answer in evaluate(crew, rows, cfg, rng, temperature=temperature):
+            kept = {name: answer[name] for name in ("prompt", "response", "reward", "kl")}
+            yield {"step": step, "temperature": temperature} | kept
+
+
+def train_rlhf(cfg, reward=None, algorithm=None):
+    """Trains the policy with cfg.algorithm and saves it to model/rlhf.
+
+    `reward` is any callable `reward(prompts, responses) -> list[float]`. `algorithm` is a loss of
+    your own with the arguments of `ppo_minibatch_loss`. Both override the parameters of that name.
+    """
+    known, code = LOSSES | {"dpo": dpo_loop}, {}
+    loss = algorithm or named("algorithm", cfg.algorithm, known)
+    if algorithm is not None:  # functions that read cfg.algorithm need the name of this one
+        cfg = cfg.changed(algorithm=name_of(algorithm, known, cfg.algorithm))
+    if loss not in known.values():
+        code["code of algorithm"] = code_of(loss)
+    inputs = cfg.starts_from(reward)
+    if reward is not None:
+        cfg = cfg.changed(reward=name_of(reward, {}))
+        code["code of reward"] = code_of(reward)
+    with open_stage(cfg, "rlhf", inputs, code=code) as stage:
+        crew = load_crew(cfg, reward)
+        answers = ["chosen", "rejected"] if loss is dpo_loop else []
+        rows = load_rows(cfg, "preference" if answers else "prompt", ("prompt", *answers))
+        checks.warn_about_texts(stage.say, crew.tokenizer, rows, answers, cfg)
+        yield from stage.past
+        for metrics in loss(crew, cfg, stage) if answers else rlhf_loop(crew, cfg, stage, loss):
+            yield stage.log(metrics)
+        names = ("loss", "reward", "kl", "length", "entropy", "accuracy", "margin", "skipped")
+        stage.summary = {name: metrics[name] for name in names if name in metrics}
+        models.save(crew.policy, crew.tokenizer, stage.folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. GRPO, RLOO, DPO (3_rlhf)
+
+
+def grpo_advantages(rollout, cfg):
+    """GRPO: one advantage per answer, from the other answers to its prompt. No value model."""
+    totals = scores_less_kl(rollout, cfg)
+    advantages = group_advantages(totals, cfg.answers, scale=cfg.group_scale)
+    return advantages[:, None] * rollout.mask, totals[:, None] * rollout.mask
+
+
+def rloo_advantages(rollout, cfg):
+    """RLOO: the same, with the mean of the other answers as baseline, and without scaling."""
+    totals = scores_less_kl(rollout, cfg)
+    advantages = leave_one_out(totals, cfg.answers)
+    return advantages[:, None] * rollout.mask, totals[:, None] * rollout.mask
+
+
+def centred_advantages(rollout, cfg):
+    """For a loss of your own: the distance from the mean of the rollout."""
+    totals = scores_less_kl(rollout, cfg)
+    return (totals - totals.mean())[:, None] * rollout.mask, totals[:, None] * rollout.mask
+
+
+def scores_less_kl(rollout, cfg):
+    """The score of each answer minus kl_coef times its KL, (B,)."""
+    if cfg.kl_in == "loss":
+        return rollout.scores
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=cfg.kl_estimator)
+    return rollout.scores - rollout.kl_coef * (kl * rollout.mask).sum(1)
+
+
+def grpo_minibatch_loss(crew, rollout, cfg, rows):
+    """The loss of GRPO and RLOO: PPO's without values. The KL is in the reward or in the loss."""
+    tokens, old = rollout.minibatch(rows, crew.policy.device)
     mask, unit = tokens[3], cfg.loss_mean
     logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
     if cfg.kl_in == "loss":
@@ -1016,7 +1113,7 @@ def grpo(crew, rollout, cfg, rows):
             unit=unit,
         )  # fmt: skip
         stats["kl_in_loss"] = stats.pop("kl")
-    else:  # the advantages have paid for the KL already
+    else:
         loss, stats = ppo_policy_loss(
             logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio, unit=unit
         )
@@ -1024,110 +1121,19 @@ def grpo(crew, rollout, cfg, rows):
     stats |= detached({"policy_loss": loss, "entropy": entropy})
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * entropy
-    return loss, weight_of(mask, unit), stats
+    return loss, count_of(mask, unit), stats
 
 
-ALGORITHMS = {"ppo": ppo, "grpo": grpo, "rloo": grpo}
+ADVANTAGES = {"ppo": ppo_advantages, "grpo": grpo_advantages, "rloo": rloo_advantages}
+LOSSES = {"ppo": ppo_minibatch_loss, "grpo": grpo_minibatch_loss, "rloo": grpo_minibatch_loss}
 
 
-def weight_of(mask, unit):
-    """How much a piece of a batch counts: by its tokens, or by its answers."""
-    return int(mask.sum()) if unit == "token" else len(mask)
-
-
-def improve(crew, optimiser, rollout, cfg, step, algorithm=ppo):
-    """Several epochs over one rollout, in minibatches. Yields the stats of each update."""
-    rows, updates, loss_of = len(rollout.prompts), 0, partial(algorithm, crew, rollout, cfg)
-    optimiser.length = rollout.lengths().__getitem__
-    per_step = cfg.ppo_epochs * math.ceil(rows / cfg.minibatch)
-    for epoch in range(cfg.ppo_epochs):
-        order = torch.randperm(rows, generator=dice(cfg, "minibatch", step, epoch))
-        for index in order.split(cfg.minibatch):
-            stats = optimiser.step(index.tolist(), loss_of, step + updates / per_step)
-            if updates == 0:
-                trouble.check_ratios(rollout, stats, models.precision(cfg), optimiser)
-            updates += 1
-            yield stats
-        if cfg.stop_kl and stats.get("approx_kl", 0) > cfg.stop_kl:
-            return
-
-
-def roll_out(crew, optimiser, prompts, cfg, step):
-    """The rollout of one step, with as many rows at once as fit into memory."""
-    batch, state = prompt_batch(cfg, prompts, step), optimiser.state
-    given = {"kl_coef": state["kl_coef"], "running": state["running"]}
-
-    def work(_):
-        size, luck = optimiser.rollout_size(), dice(cfg, "rollout", step)
-        return collect(crew, batch, cfg, generator=luck, size=size, **given)
-
-    return optimiser.fit(work, "rollout_batch")
-
-
-def train_rlhf(cfg, reward=None, algorithm=None):
-    """Answer, judge, price the distance from the actor, improve; again. (DPO needs no answers.)
-
-    `reward` is any callable `reward(prompts, responses) -> list[float]`, `algorithm` any loss like
-    `ppo`; without them the parameters of the same name decide.
-    """
-    known, code = ALGORITHMS | {"dpo": from_pairs}, {}
-    if algorithm is None:
-        algorithm = named("algorithm", cfg.algorithm, known)
-    else:  # whatever reads cfg.algorithm must read the name of this function
-        cfg = cfg.changed(algorithm=name_of(algorithm, known, cfg.algorithm))
-    if algorithm not in known.values():
-        code["code of algorithm"] = code_of(algorithm)
-    inputs = cfg.starts_from(reward)
-    if reward is not None:
-        cfg = cfg.changed(reward=name_of(reward, {}))
-        code["code of reward"] = code_of(reward)
-    with open_stage(cfg, "rlhf", inputs, code=code) as stage:
-        crew = assemble(cfg, reward)
-        if algorithm is from_pairs:
-            steps = from_pairs(crew, cfg, stage)
-        else:
-            steps = from_answers(crew, cfg, stage, algorithm)
-        yield from stage.past
-        for metrics in steps:
-            yield stage.log(metrics)
-        names = ("loss", "reward", "kl", "length", "entropy", "accuracy", "margin", "skipped")
-        stage.summary = {name: metrics[name] for name in names if name in metrics}
-        models.save(crew.policy, crew.tokenizer, stage.folder)
-
-
-def from_answers(crew, cfg, stage, algorithm):
-    """PPO, GRPO, RLOO or a loss of one's own: learning from what the policy writes itself."""
-    rows = load_rows(cfg, "prompt")
-    note_texts(stage.say, crew.tokenizer, rows, [], cfg)
-    prompts, optimiser = [row["prompt"] for row in rows], crew_optimiser(crew, cfg, stage.say)
-    risen = alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
-    for step in stage.steps(cfg.steps, optimiser):
-        start = time.perf_counter()
-        rollout = roll_out(crew, optimiser, prompts, cfg, step)
-        half, price = time.perf_counter(), optimiser.state["kl_coef"]
-        updates = list(improve(crew, optimiser, rollout, cfg, step, algorithm))
-        metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": price}
-        metrics |= rollout_metrics(rollout, cfg) | mean_of(updates)
-        if cfg.algorithm == "ppo":
-            foreseen = explained_variance(rollout.values, rollout.returns, rollout.mask)
-            metrics["explained_variance"] = foreseen.item()
-        end = time.perf_counter()
-        metrics |= {"seconds_update": end - half, "seconds": end - start}
-        again = step % cfg.sample_every == 0 or step == cfg.steps - 1
-        stage.samples(samples_of(rollout, look(crew, prompts[:4], cfg) if again else [], step))
-        optimiser.state["kl_coef"] = next_kl_coef(price, metrics["kl"], cfg)
-        yield metrics
-        before, risen = risen, alerts(metrics, cfg.kl_limit)
-        stage.alert(before, risen, stop=cfg.stop_on_alert)
-
-
-def from_pairs(crew, cfg, stage):
-    """DPO: learning from the pairs themselves; no answers, no reward model, no values."""
+def dpo_loop(crew, cfg, stage):
+    """DPO learns from the preference pairs directly: no sampling, no reward model, no values."""
     rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
-    note_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
-    with crew.as_reference() as model:  # once, not in every epoch
+    with crew.as_reference() as model:  # the reference never changes: once is enough
         work = partial(pair_logprobs, model, crew.tokenizer, cfg=cfg)
-        parts = [told[:2] for told in in_parts(work, rows, cfg, model, say=stage.say)]
+        parts = [part[:2] for part in in_parts(work, rows, cfg, model, say=stage.say)]
     reference = [torch.cat(column) for column in zip(*parts)]  # chosen and rejected, (N,) each
 
     def loss_of(index):
@@ -1140,22 +1146,23 @@ def from_pairs(crew, cfg, stage):
         return loss + cfg.dpo_nll * pairs[2], len(index), stats | detached({"nll": pairs[2]})
 
     plan = epochs(cfg, "dpo", len(rows), cfg.dpo_batch, cfg.dpo_epochs)
-    rates, more = [(crew.policy, cfg.dpo_lr)], [crew.reference] if crew.reference else []
-    optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.dpo_batch, frozen=more, say=stage.say)
-    optimiser.length = lambda i: trouble.text_length(rows[i])
+    rates, frozen = [(crew.policy, cfg.dpo_lr)], [crew.reference] if crew.reference else []
+    optimiser = Optimiser(cfg, rates, len(plan), batch=cfg.dpo_batch, frozen=frozen, say=stage.say)
+    optimiser.length = lambda i: text_length(rows[i])
+    prompts = [row["prompt"] for row in rows[:8]]
     for step in stage.steps(len(plan), optimiser):
         start = time.perf_counter()
+        if step == 0:
+            stage.samples(sample_answers(crew, prompts, cfg, 0))
         metrics = {"step": step + 1, "steps": len(plan)} | optimiser.step(plan[step], loss_of, step)
-        if step in (0, len(plan) - 1):
-            prompts = prompts_of(rows[:4])
-            stage.samples(
-                {"step": step + 1, "fixed": True} | row for row in look(crew, prompts, cfg)
-            )
+        if step + 1 == len(plan):
+            stage.samples(sample_answers(crew, prompts, cfg, len(plan)))
         yield timed(metrics, start, rows=len(plan[step]))
 
 
 def pair_logprobs(model, tokenizer, rows, cfg):
-    """Summed log-probs of chosen and rejected answers, (B,) each, and the chosen ones' loss."""
+    """The summed log-probs of the chosen and the rejected answers, (B,) each, and the mean negative
+    log-likelihood (nll) of the chosen ones."""
     answers = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     prompts = [row["prompt"] for row in rows] * 2
     tokens = encode_pairs(tokenizer, prompts, answers, cfg, model.device)
@@ -1166,74 +1173,55 @@ def pair_logprobs(model, tokenizer, rows, cfg):
     return *logprobs.sum(1).chunk(2), nll
 
 
-def crew_optimiser(crew, cfg, say=print):
-    """What updates policy and value model; the rest of the crew only moves along."""
-    rates, frozen = [(crew.policy, cfg.policy_lr)], [crew.reference, *models_in(crew.reward)]
-    if crew.value_model is not None:
-        rates.append((crew.value_model, cfg.value_lr))
-    frozen = [model for model in frozen if model is not None]
-    optimiser = Optimiser(cfg, rates, cfg.steps, batch=cfg.minibatch, frozen=frozen, say=say)
-    optimiser.state |= {"kl_coef": cfg.kl_coef, "running": {}}
-    return optimiser
-
-
 # ------------------------------------------------------------------------------------------------
-# 10. Evaluation
+# 12. Evaluation (4_test)
 
 
-def look(crew, prompts, cfg):
-    """The policy's favourite answer to a few prompts: text, reward, KL to the reference."""
-    rows = [{"prompt": prompt} for prompt in prompts]
-    answers = evaluate(crew, rows, cfg, dice(cfg, "look"), temperature=0)
-    return [{name: row[name] for name in ("prompt", "response", "reward", "kl")} for row in answers]
-
-
-def prompts_of(rows):
-    return [row["prompt"] for row in rows]
-
-
-@trouble.in_words
+@errors.plain_errors
 def evaluate(crew, rows, cfg, generator, *, temperature=None):
     """One answer of the policy to each row: text, judge's score, reward, KL, length, eos.
 
-    The judge's score is None where a row does not say what would be right.
+    The judge's score is None for rows that do not say what a right answer is.
     """
-    results, prompts = [], prompts_of(rows)
+    results, prompts = [], [row["prompt"] for row in rows]
 
-    def judge(*tokens):
+    def read(*tokens):
         how = {"temperature": cfg.temperature, "entropy": False}
-        ours = response_logprobs(crew.policy, *tokens, **how)[0]
+        logprobs = response_logprobs(crew.policy, *tokens, **how)[0]
         with crew.as_reference() as reference:
-            theirs = response_logprobs(reference, *tokens, **how)[0]
+            ref_logprobs = response_logprobs(reference, *tokens, **how)[0]
         part = rows[len(results) : len(results) + len(tokens[0])]
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
             "response": texts,
             "reward": [None] * len(part),
-            "kl": kl_estimate(ours, theirs).sum(1).tolist(),
+            "kl": kl_estimate(logprobs, ref_logprobs).sum(1).tolist(),
             "length": tokens[3].sum(1).tolist(),
             "eos": ended(*tokens[2:], stops_of(crew.policy, crew.tokenizer)).tolist(),
         }
         own = named("metric", cfg.metric, {}) if cfg.metric else None
         for name, score in (("reward", crew.reward), ("metric", own)):
             if score is not None:
-                columns[name] = ask(score, prompts_of(part), texts, name)[0].tolist()
+                columns[name] = ask(score, [r["prompt"] for r in part], texts, name)[0].tolist()
+        answers = []
         for row, *values in zip(part, *columns.values()):
-            result = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
-            result |= dict(zip(columns, values))
-            truth = (row, result["response"], result["eos"])
-            yield result | {"judge": world.judge(*truth) if world.knows(row) else None}
+            answer = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
+            answer |= dict(zip(columns, values))
+            known = world.knows(row)
+            answer["judge"] = world.judge(row, answer["response"], answer["eos"]) if known else None
+            answers.append(answer)
+        return answers
 
-    more = {"temperature": temperature, "then": lambda *tokens: list(judge(*tokens))}
-    for part in answer(crew.policy, crew.tokenizer, prompts, cfg, generator, **more):
+    more = {"temperature": temperature, "then": read}
+    for part in generate_answers(crew.policy, crew.tokenizer, prompts, cfg, generator, **more):
         results += part
     return results
 
 
 def best_of(crew, rows, cfg, generator):
-    """Best-of-n, the rival that needs no training: the answer that the reward likes best.
+    """Best-of-n, which needs no training: n answers per question, the one with the highest reward.
 
-    Choosing among n moves away from the policy by log n - (n - 1) / n nats at most.
+    It moves away from the policy by at most log n - (n - 1) / n nats.
     """
     n, rows = cfg.best_of, rows[: cfg.best_of_rows]
     results = evaluate(crew, [row for row in rows for _ in range(n)], cfg, generator)
@@ -1241,15 +1229,18 @@ def best_of(crew, rows, cfg, generator):
     return [result | {"kl": math.log(n) - (n - 1) / n} for result in best]
 
 
-@trouble.in_words
-def judge_critic(critic, tokenizer, rows, cfg):
-    """The reward model on held-out pairs: both scores of each, and the kind."""
+@errors.plain_errors
+def evaluate_critic(critic, tokenizer, rows, cfg):
+    """The reward model on held-out pairs: both scores of each pair, its kind and its flaw."""
     rows, results = with_pairs(rows), []
     if not rows:
-        raise CourseError("eval.json needs rows with chosen and rejected to measure the critic on.")
+        raise CourseError(
+            "The reward model cannot be evaluated: no row of eval.json has both chosen and "
+            "rejected. Add pairs to eval.json."
+        )
     work = partial(pair_scores, critic, tokenizer, cfg=cfg)
     scores = map(torch.cat, zip(*in_parts(work, rows, cfg, critic)))
     for row, chosen, rejected in zip(rows, *(column.tolist() for column in scores)):
-        known = {"kind": row.get("kind", "all"), "flaw": row.get("flaw", "not said")}
+        known = {"kind": row.get("kind", "all"), "flaw": row.get("flaw", "unknown")}
         results.append(known | {"chosen": chosen, "rejected": rejected})
     return results

@@ -49,7 +49,7 @@ def answers(cfg, name, rows):
     _, reference = util.load_pair(cfg, "actor")
     reward = util.RewardModel(util.artifact(cfg.root, "critic"), cfg)
     crew = util.Crew(tokenizer, model, reference, reward)
-    return report.summarise(util.evaluate(crew, rows, cfg, util.dice(cfg, "test")))
+    return report.summarise(util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test")))
 
 
 def line(seed, name, summary, seconds):

@@ -123,7 +123,7 @@ def ours_online(turns, shape, case, precision="float32"):
         first = step * GROUPS % len(prompts)
         batch = prompts if case == "ppo" else prompts[first : first + GROUPS]
         batch = [prompt for prompt in batch for _ in range(cfg.answers)]
-        luck = util.dice(cfg, "rollout", step)
+        luck = util.rng_for(cfg, "rollout", step)
         rollout = util.collect(crew, batch, cfg, kl_coef=cfg.kl_coef, generator=luck)
         turns.lap("rollout")
         list(util.improve(crew, optimiser, rollout, cfg, step, util.ALGORITHMS[case]))

@@ -47,11 +47,12 @@ def pipeline(seed, folder, rows, parameters):
         tokenizer, model = util.load_pair(cfg, name)
         crew = util.Crew(tokenizer, model, reference, reward)
         answers = [
-            util.evaluate(crew, rows, cfg, util.dice(cfg, "test"), temperature=t) for t in (None, 0)
+            util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test"), temperature=t)
+            for t in (None, 0)
         ]
         models[name] = report.summarise(*answers)
     scorer, tokenizer = util.load_scorer(critic, cfg), util.load_tokenizer(critic)
-    pairs = pd.DataFrame(util.judge_critic(scorer, tokenizer, rows, cfg))
+    pairs = pd.DataFrame(util.evaluate_critic(scorer, tokenizer, rows, cfg))
     summary = report.critic_summary(pairs)
     return {"seed": seed, "seconds": seconds, "models": models, "critic": summary}
 

@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from lab import CourseError
+from lab.errors import explained
 from lab.runs import NOTEBOOKS
-from lab.trouble import explained
 
 HOME = Path(__file__).resolve().parent.parent  # the notebooks lie here, wherever one stands
 STAGES = {  # subcommand: its folder in model/, its name in the metadata of Config

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.trouble import out_of_memory
+from lab.errors import out_of_memory
 
 # Oldest and newest release of transformers that tests/test_fast_path.py runs with. In any other
 # release the comparison alone decides.

@@ -156,7 +156,7 @@ def repeated(rows):
     return len(rows) - len({json.dumps(row, sort_keys=True) for row in rows})
 
 
-def apart(train, evals, path):
+def check_no_overlap(train, evals, path):
     """Raises if a prompt of the evaluation, read from `path`, is also one of the training."""
     known = {row["prompt"] for row in train}
     both = [number for number, row in enumerate(evals, 1) if row["prompt"] in known]

@@ -11,6 +11,8 @@ import sys
 
 import psutil
 
+from lab.errors import out_of_memory
+
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # glibc's names of what can be set
 LARGE = 2**27  # bytes of weights: an update takes seconds, and a moment to tidy up is little
 
@@ -166,3 +168,26 @@ def at_once(most, row, room):
     while most > 1 and most * row > room:
         most = (most + 1) // 2
     return most
+
+
+def halving(work, state, name, say, leave=None):
+    """work(size) with as many rows at once as fit: state[name] halves when memory runs out.
+
+    If even one row does not fit, `leave` (where given) moves everything to the CPU.
+    """
+    from accelerate.utils.memory import clear_device_cache
+
+    while True:
+        try:
+            return work(state[name])
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or (state[name] == 1 and leave is None):
+                raise
+        clear_device_cache(garbage_collection=True)  # outside `except`, which holds the tensors
+        if state[name] > 1:
+            state[name] = (state[name] + 1) // 2
+            say(f"memory ran out: continuing with {state[name]} rows at once, same result.")
+        else:
+            leave()
+            leave = None
+            say("memory ran out with one row at a time: continuing on the CPU.")

@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lab import CourseError
 from lab.agreement import eval_mode  # noqa: F401
+from lab.errors import loading
 from lab.plain_path import cache_argument
 from lab.tokens import FRAME, encoder, in_template, stops_of
-from lab.trouble import find_device, loading
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +36,25 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(cfg):
     """The first GPU or the CPU for "auto"; otherwise what was asked for, if it is there."""
     return find_device(cfg.device)
+
+
+def find_device(name):
+    """A torch device, which from now on is the current GPU; "auto": the first GPU, else the CPU.
+
+    Everything that a stage loads goes there, and nothing moves it later.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device("cuda:0" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()  # there is a device without numbers, "meta"
+        if device.type == "cuda":  # kernels of other packages start on the current one
+            torch.cuda.set_device(device)
+        return device
+    except (RuntimeError, AssertionError):  # torch has one for each backend
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        known = ", ".join(["auto", "cpu", *gpus])
+        raise CourseError(f"device = {name!r} is not there: this machine has {known}.") from None
 
 
 def load_tokenizer(path, cfg=None):

@@ -124,7 +124,7 @@ def examples(rows):
     return table.sort_values("kind")[[name for name in fields if name in table]]
 
 
-def make_up(train, evals):
+def composition(train, evals):
     """What the data is made of, as far as its judge can tell."""
     table = {}
     for name, rows in (("train", train), ("eval", evals)):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lab import CourseError
-from lab.trouble import judging
+from lab.errors import scoring_errors
 
 TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:e-?\d+)?)\s*\*\s*)?([^\W\d][\w.]*)\s*")
 
@@ -173,7 +173,7 @@ def meaning(part):
 
 def ask(reward, prompts, responses, what="reward"):
     """The reward of each answer, (B,), and the numbers of which it is the sum."""
-    with judging(what):
+    with scoring_errors(what):
         parts = reward.parts(prompts, responses) if isinstance(reward, Sum) else {}
         total = reward.add(parts) if parts else reward(prompts, responses)
         scores = torch.tensor([float(score) for score in total])

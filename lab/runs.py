@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from lab import CourseError, memory
 from lab.data import reading
+from lab.errors import NOTEBOOKS, explained
 from lab.hub import reason_of
-from lab.trouble import NOTEBOOKS, explained
 
 
 def digest(*paths):

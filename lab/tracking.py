@@ -32,13 +32,3 @@ def rollout_metrics(rollout, cfg):
         groups = rollout.scores.view(-1, cfg.answers)
         metrics["zero_deviation"] = (groups.std(1) < 1e-6).float().mean().item()
     return metrics
-
-
-def samples_of(rollout, favourites, step, count=4):
-    """Answers to be read: the first of a rollout, and the favourites at fixed prompts."""
-    columns = rollout.prompts, rollout.responses, rollout.scores.tolist(), rollout.kl.tolist()
-    for prompt, response, score, kl in list(zip(*columns))[:count]:
-        row = {"prompt": prompt, "response": response, "reward": score, "kl": kl}
-        yield {"step": step + 1, "fixed": False} | row
-    for row in favourites:
-        yield {"step": step + 1, "fixed": True} | row

@@ -423,8 +423,8 @@ def test_the_first_ratio_stays_within_what_half_precision_can_do(course, rank, p
     rollout = util.roll_out(crew, optimiser, rows, cfg, 0)
     stats = next(iter(util.improve(crew, optimiser, rollout, cfg, 0)))
     assert {call[2].dtype for call in spy.take()} == {half}
-    assert rollout.sampling_error < lab.trouble.ROUNDING[precision] / 3
-    assert stats["ratio_error"] < lab.trouble.ROUNDING[precision] / 3
+    assert rollout.sampling_error < lab.checks.ROUNDING[precision] / 3
+    assert stats["ratio_error"] < lab.checks.ROUNDING[precision] / 3
 
 
 def test_an_fp16_run_that_is_stopped_ends_in_the_same_bits(course, tmp_path):

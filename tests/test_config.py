@@ -132,7 +132,7 @@ def pieces(place, values):
     cfg = config(place.finished, values)
     tokenizer, model = util.load_pair(cfg, "actor")
     prompts = [row["prompt"] for row in util.load_eval_rows(cfg)]
-    parts = util.answer(model, tokenizer, prompts, cfg, util.dice(cfg, "test"))
+    parts = util.answer(model, tokenizer, prompts, cfg, util.rng_for(cfg, "test"))
     return [[x.tolist() for x in part] for part in parts]
 
 
@@ -226,12 +226,12 @@ def evaluated(place, values):
     place.patch.chdir(place.folder)
     cfg = config(place.finished, values)
     rows = util.load_eval_rows(cfg)
-    return util.evaluate(crew_of(cfg), rows, cfg, util.dice(cfg, "test"))
+    return util.evaluate(crew_of(cfg), rows, cfg, util.rng_for(cfg, "test"))
 
 
 def best(place, values):
     cfg = config(place.finished, values)
-    return util.best_of(crew_of(cfg), util.load_eval_rows(cfg), cfg, util.dice(cfg, "test"))
+    return util.best_of(crew_of(cfg), util.load_eval_rows(cfg), cfg, util.rng_for(cfg, "test"))
 
 
 def chosen(place, values):
@@ -251,7 +251,7 @@ RISING = dict(steps=3, policy_lr=1e-2, kl_estimator="k3")  # its KL is above 0 a
 TABLE = {  # field: another value, where to look, what else is set
     "preset": ("colab", lambda place, values: repr(util.Config(values.get("preset", "smoke"))), {}),
     "root": ("/nowhere", other_root, {}),
-    "seed": (1, of(lambda cfg: util.dice(cfg, "test").initial_seed()), {}),
+    "seed": (1, of(lambda cfg: util.rng_for(cfg, "test").initial_seed()), {}),
     "device": ("abacus", of(util.pick_device), {}),
     "max_prompt": (7, encoded, {}),
     "max_new_tokens": (7, encoded, {}),

@@ -102,7 +102,9 @@ def test_a_config_cannot_be_changed_and_survives_json():
 
 def test_dice_depend_on_seed_and_purpose_only():
     def throw(seed, *purpose):
-        return torch.rand(4, generator=util.dice(util.Config("tiny", seed=seed), *purpose)).tolist()
+        return torch.rand(
+            4, generator=util.rng_for(util.Config("tiny", seed=seed), *purpose)
+        ).tolist()
 
     assert throw(0, "rollout", 3) == throw(0, "rollout", 3)
     others = [throw(1, "rollout", 3), throw(0, "rollout", 4), throw(0, "shares"), throw(0)]
@@ -315,7 +317,7 @@ def test_any_shares_are_disjoint(a, b, c, count):
     total = max(1.0, a + b + c)
     shares = dict(sft_share=a / total, preference_share=b / total, prompt_share=c / total)
     seen = []
-    with mock.patch("lab.shares.read_dataset", lambda *_: list(range(count))):
+    with mock.patch("lab.splits.read_dataset", lambda *_: list(range(count))):
         for share in ("sft", "preference", "prompt"):
             try:
                 seen += util.load_rows(util.Config("tiny", **shares), share)
@@ -435,7 +437,7 @@ def test_a_tokenizer_without_eos_gets_one_and_its_model_a_row_for_it(make_model,
     assert model.get_input_embeddings().num_embeddings == size + 1
     assert util.encode_answer(tokenizer, "one", 8)[-1] == size
     tokens = util.encode_prompts(tokenizer, ["Human: two Assistant:"], cfg, model.device)
-    ids, mask, logprobs = util.sample(model, tokenizer, *tokens, cfg, util.dice(cfg, "test"))
+    ids, mask, logprobs = util.sample(model, tokenizer, *tokens, cfg, util.rng_for(cfg, "test"))
     scored, _ = util.response_logprobs(model, *tokens, ids, mask)
     assert torch.allclose(scored, logprobs, atol=1e-5)
 

@@ -607,7 +607,7 @@ def small(algorithm, **given):
 def roll(crew, cfg):
     prompts = [{"prompt": f"Human: {text} Assistant:"} for text in ("How are you?", "x" * 40)]
     prompts = [row["prompt"] for row in prompts for _ in range(4)]
-    return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=util.dice(cfg, "test"))
+    return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=util.rng_for(cfg, "test"))
 
 
 def ending(patch, share=0.2):

@@ -151,7 +151,7 @@ def test_the_cache_changes_nothing_also_when_rows_leave_the_batch(model, pad_lef
         model, *pad_left(prompts, 17, 2), max_new_tokens=14, temperature=temperature,
         eos_token_id=stops, pad_token_id=PAD, generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
-    luck = util.lots(len(prompts), 14, torch.Generator().manual_seed(3), "cpu")
+    luck = util.draw_uniforms(len(prompts), 14, torch.Generator().manual_seed(3), "cpu")
     expected = [slow(model, p, row, temperature, stops) for p, row in zip(prompts, luck)]
     assert [row[real].tolist() for row, real in zip(ids, mask)] == expected
     if temperature:
@@ -247,7 +247,7 @@ def task(name, model, scorer, cfg):
         return loss_of, [crew.policy], ROWS
     prompts = [row["prompt"] for row in ROWS[:2] for _ in range(4)]
     crew.value_model = crew.value_model if name == "ppo" else None
-    rollout = util.collect(crew, prompts, cfg, kl_coef=0.05, generator=util.dice(cfg, "rollout"))
+    rollout = util.collect(crew, prompts, cfg, kl_coef=0.05, generator=util.rng_for(cfg, "rollout"))
     learning = [crew.policy] + ([crew.value_model] if name == "ppo" else [])
     return partial(util.ALGORITHMS[name], crew, rollout, cfg), learning, list(range(len(prompts)))
 
@@ -335,7 +335,7 @@ def test_a_tokenizer_without_an_eos_gets_one_and_the_model_a_row_for_it(cfg, tmp
     assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
     model.get_output_embeddings().weight[:-1] = -model.get_output_embeddings().weight[-1]
     prompt = util.encode_prompts(tokenizer, ["Human: w5 Assistant:"] * 8, cfg, "cpu")
-    ids, mask, _ = util.sample(model, tokenizer, *prompt, cfg, util.dice(cfg))
+    ids, mask, _ = util.sample(model, tokenizer, *prompt, cfg, util.rng_for(cfg))
     assert util.ended(ids, mask, tokenizer.eos_token_id).any()  # generation can stop
 
 
@@ -639,7 +639,10 @@ def test_their_code_travels_with_every_model_that_is_saved(
     plain = kind.from_pretrained(tmp_path / "critic", trust_remote_code=True)
     assert torch.equal(plain(ids).logits, scorer(ids).logits) and plain(ids).logits.any()
     stops, luck = list(range(5, VOCABULARY, 9)), torch.Generator().manual_seed(3)
-    prompt, lots = pad_left(PROMPTS), util.lots(4, 14, torch.Generator().manual_seed(3), "cpu")
+    prompt, lots = (
+        pad_left(PROMPTS),
+        util.draw_uniforms(4, 14, torch.Generator().manual_seed(3), "cpu"),
+    )
     answers, mask, logprobs = util.generate(
         policy, *prompt, max_new_tokens=14, eos_token_id=stops, pad_token_id=PAD, generator=luck
     )

@@ -223,7 +223,7 @@ def report(course):
     rows, (tokenizer, model) = util.load_eval_rows(cfg), util.load_pair(cfg, "rlhf")
     reward = util.RewardModel(util.artifact(cfg.root, "critic"), cfg)
     crew = util.Crew(tokenizer, model, util.load_pair(cfg, "actor")[1], reward)
-    util.evaluate(crew, rows, cfg, util.dice(cfg, "test"))
+    util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test"))
     with util.open_stage(cfg, "report", STAGES, "eval.json") as stage:
         (stage.folder / "report.json").write_text("{}")
 
@@ -231,7 +231,7 @@ def report(course):
 def judge(course):
     cfg, folder = course.cfg(), course.model("critic")
     critic, tokenizer = util.load_scorer(folder, cfg), util.load_tokenizer(folder)
-    util.judge_critic(critic, tokenizer, util.load_eval_rows(cfg), cfg)
+    util.evaluate_critic(critic, tokenizer, util.load_eval_rows(cfg), cfg)
 
 
 def command(course):

@@ -13,7 +13,7 @@ import torch
 import util
 from lab import CourseError, memory, notebook
 from lab.runs import Stage
-from lab.trouble import Sturdy
+from lab.errors import Sturdy
 from util import Config
 
 # Pages that the system had to lend while 64 MB were filled anew, twenty times; then what is held.
@@ -254,7 +254,7 @@ def test_answers_and_scores_too_go_as_many_at_once_as_fit(text_model, tokenizer)
     limit = (memory.OVERHEAD + weights + 3 * row) / 1e9
     texts, sizes = [], []
     for given in (0.0, limit):
-        cfg, luck = cfg.changed(memory=given), util.dice(cfg, "test")
+        cfg, luck = cfg.changed(memory=given), util.rng_for(cfg, "test")
         prompts = [row["prompt"] for row in ROWS]
         parts = list(util.answer(text_model, tokenizer, prompts, cfg, luck))
         sizes.append([len(part[0]) for part in parts])

@@ -76,7 +76,7 @@ def test_single_tokens_that_rounding_hits_hard_are_said_once():
     optimiser, rollout = SimpleNamespace(state={}, say=told.append), SimpleNamespace()
     rollout.sampling_error, stats = 0.03, {"ratio_error": 0.03, "ratio_error_q99": 0.35}
     for _ in range(3):
-        trouble.check_ratios(rollout, stats, "bf16", optimiser)
+        checks.check_ratios(rollout, stats, "bf16", optimiser)
     assert len(told) == 1 and "0.35" in told[0] and "precision = float32" in told[0]
     assert json.loads(json.dumps(optimiser.state)) == optimiser.state, "a stopped run knows it"
 
@@ -148,7 +148,7 @@ def test_whatever_asks_a_model_asks_in_the_precision_of_the_parameters(course, p
     tokenizer, actor = util.load_pair(cfg, "actor")
     critic = util.load_scorer(util.artifact(cfg.root, "critic"), cfg)
     reward = util.RewardModel(util.artifact(cfg.root, "critic"), cfg)
-    rows, rng = util.load_rows(cfg, "preference")[:3], util.dice(cfg, "test")
+    rows, rng = util.load_rows(cfg, "preference")[:3], util.rng_for(cfg, "test")
     crew = util.Crew(tokenizer, actor, actor, reward)
     sft = [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
     asked = {
@@ -156,7 +156,7 @@ def test_whatever_asks_a_model_asks_in_the_precision_of_the_parameters(course, p
         "look": lambda: util.look(crew, util.prompts_of(rows), cfg),
         "score_scale": lambda: util.score_scale(critic, cfg),
         "validation_loss": lambda: util.validation_loss(actor, tokenizer, sft, cfg),
-        "judge_critic": lambda: util.judge_critic(critic, tokenizer, rows, cfg),
+        "evaluate_critic": lambda: util.evaluate_critic(critic, tokenizer, rows, cfg),
         "reward": lambda: reward([PROMPTS[0]], ["It is so."]),
         "copying": lambda: util.copying(actor, tokenizer, [(PROMPTS[0], "It is")], cfg),
     }
@@ -251,7 +251,7 @@ def test_generation_needs_no_float64_where_there_is_none(text_model, tokenizer, 
     cfg = config()
     ids, mask = util.encode_prompts(tokenizer, PROMPTS, cfg, "cpu")
     with NoDoubles():
-        out = util.sample(text_model, tokenizer, ids, mask, cfg, util.dice(cfg, "x"))
+        out = util.sample(text_model, tokenizer, ids, mask, cfg, util.rng_for(cfg, "x"))
         again, _ = util.response_logprobs(text_model, ids, mask, *out[:2])
     assert torch.allclose(again, out[2], atol=1e-4)
 

@@ -74,7 +74,7 @@ def test_a_reward_a_metric_and_a_reader_of_ones_own(here):
     assert [row["prompt"] for row in read] == [row["prompt"] for row in rows[:5]]
     tokenizer, actor = util.load_pair(cfg, "actor")
     crew = util.Crew(tokenizer, actor, actor, util.load_reward(cfg))
-    results = util.evaluate(crew, read, cfg, util.dice(cfg, "test"))
+    results = util.evaluate(crew, read, cfg, util.rng_for(cfg, "test"))
     assert [r["metric"] for r in results] == [len(r["response"].split()) for r in results]
 
 

@@ -325,7 +325,7 @@ def test_parts_of_pieces_are_those_of_the_whole(finished):
     prompts = [row["prompt"] for row in util.load_rows(cfg, "prompt")[:8]]
 
     def roll(size):
-        luck = util.dice(cfg, "test")
+        luck = util.rng_for(cfg, "test")
         return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=luck, size=size)
 
     assert roll(3).parts == pytest.approx(roll(8).parts)

@@ -412,7 +412,7 @@ CELLS = (
     "rows = json.load(open('rows.json'))",
     "notebook.show(rows)",
     "notebook.show(notebook.examples(rows))",
-    "notebook.show(notebook.make_up(rows, rows))",
+    "notebook.show(notebook.composition(rows, rows))",
     "notebook.show(notebook.samples('.'))",
     "notebook.explain(Config('smoke', base_model=rows[0]['response']), 'base')",
     "pairs = pd.DataFrame(rows).assign(chosen=range(5), rejected=2.5)\n"

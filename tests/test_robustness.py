@@ -52,7 +52,7 @@ def crew(tokenizer, make_model):
 
 
 def roll(crew, cfg, size=None):
-    luck = util.dice(cfg, "test")
+    luck = util.rng_for(cfg, "test")
     prompts = [row["prompt"] for row in ROWS]
     return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=luck, size=size)
 
@@ -224,7 +224,7 @@ def never_fits(size):
 def test_where_one_row_is_too_much_it_is_an_error_or_the_cpu():
     state, said, left = {"rows": 4}, [], []
     with pytest.raises(torch.OutOfMemoryError):
-        trouble.in_pieces(never_fits, state, "rows", said.append)
+        memory.halving(never_fits, state, "rows", said.append)
     assert state == {"rows": 1} and len(said) == 2
 
     def fits_on_the_cpu(size):
@@ -234,7 +234,7 @@ def test_where_one_row_is_too_much_it_is_an_error_or_the_cpu():
         left.append(True)
         state["rows"] = 4
 
-    assert trouble.in_pieces(fits_on_the_cpu, state, "rows", said.append, leave) == 4
+    assert memory.halving(fits_on_the_cpu, state, "rows", said.append, leave) == 4
     assert "going on with the CPU" in said[-1]
 
 
@@ -243,7 +243,7 @@ def test_other_errors_are_no_reason_to_try_again():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        trouble.in_pieces(broken, {"rows": 4}, "rows", print)
+        memory.halving(broken, {"rows": 4}, "rows", print)
 
 
 def test_leaving_the_gpu_takes_moments_and_sizes_along(crew, cfg):
@@ -317,7 +317,7 @@ def passes(crew, cfg):
         return reward([row["prompt"] for row in ROWS], [row["response"] for row in ROWS])
 
     def evaluate():
-        return util.evaluate(crew, ROWS, cfg, util.dice(cfg, "test"))
+        return util.evaluate(crew, ROWS, cfg, util.rng_for(cfg, "test"))
 
     def look():
         return util.look(crew, [row["prompt"] for row in ROWS], cfg)
@@ -327,13 +327,13 @@ def passes(crew, cfg):
         "evaluate": evaluate,
         "look": look,
         "validation_loss": lambda: util.validation_loss(crew.policy, crew.tokenizer, ROWS, cfg),
-        "judge_critic": lambda: util.judge_critic(critic, crew.tokenizer, ROWS, cfg),
+        "evaluate_critic": lambda: util.evaluate_critic(critic, crew.tokenizer, ROWS, cfg),
         "the reward model": rewards,
     }
 
 
 CASES = [("score_scale", TIGHT), ("evaluate", TIGHT), ("look", TIGHT)]
-CASES += [(name, TIGHT[:1]) for name in ("validation_loss", "judge_critic", "the reward model")]
+CASES += [(name, TIGHT[:1]) for name in ("validation_loss", "evaluate_critic", "the reward model")]
 
 
 @pytest.mark.parametrize("name, tight", [(name, how) for name, hows in CASES for how in hows])
@@ -436,13 +436,13 @@ FINE = {"kl": 1.0, "empty": 0.0, "eos": 1.0}
     [({"kl": 11.0}, "kl_limit"), ({"empty": 0.6}, "empty"), ({"eos": 0.4}, "max_new_tokens")],
 )
 def test_alerts_name_what_is_wrong_and_what_to_do(change, word):
-    assert trouble.alerts(FINE, 10.0) == {}
-    ((_, sentence),) = trouble.alerts(FINE | change, 10.0).items()
+    assert checks.alerts(FINE, 10.0) == {}
+    ((_, sentence),) = checks.alerts(FINE | change, 10.0).items()
     assert word in sentence and "Raise" in sentence
 
 
 def test_a_limit_of_zero_means_no_alert():
-    assert trouble.alerts(FINE | {"kl": 1e6}, 0) == {}
+    assert checks.alerts(FINE | {"kl": 1e6}, 0) == {}
 
 
 def test_an_alert_is_said_when_it_comes_up_and_once(tmp_path, capsys):
@@ -461,24 +461,24 @@ def test_an_alert_is_said_when_it_comes_up_and_once(tmp_path, capsys):
 
 def test_errors_of_the_machine_are_sentences_and_others_are_left_alone():
     full = OSError(errno.ENOSPC, "No space left on device", "model/x")
-    assert "disk is full (model/x)" in trouble.explained(full)
-    assert "disk is full" in trouble.explained(Exception("I/O error (os error 28)"))
-    assert "permission" in trouble.explained(PermissionError(errno.EACCES, "no", "model"))
-    assert "Memory ran out" in trouble.explained(torch.OutOfMemoryError(OUT_OF_MEMORY))
-    assert trouble.explained(ValueError("wrong")) is None
-    assert trouble.explained(ConnectionError(errno.ECONNREFUSED, "refused")) is None
+    assert "disk is full (model/x)" in errors.explained(full)
+    assert "disk is full" in errors.explained(Exception("I/O error (os error 28)"))
+    assert "permission" in errors.explained(PermissionError(errno.EACCES, "no", "model"))
+    assert "Memory ran out" in errors.explained(torch.OutOfMemoryError(OUT_OF_MEMORY))
+    assert errors.explained(ValueError("wrong")) is None
+    assert errors.explained(ConnectionError(errno.ECONNREFUSED, "refused")) is None
 
 
 def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
     said = []
     cfg = util.Config("smoke", max_prompt=6, max_new_tokens=4)
-    util.note_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
+    util.warn_about_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
     prompts = [len(tokenizer(row["prompt"])["input_ids"]) > 6 for row in [*ROWS, ROWS[0]]]
     assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "front" in said[0]
     assert "max_new_tokens" in said[1] and "end" in said[1]
     assert said[2].startswith("1 of 9 rows are copies")
     roomy = util.Config("smoke", max_prompt=500, max_new_tokens=500)
-    util.note_texts(said.append, tokenizer, ROWS, ["response"], roomy)
+    util.warn_about_texts(said.append, tokenizer, ROWS, ["response"], roomy)
     assert len(said) == 3, "nothing to say, nothing said"
 
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from lab import CourseError
-from lab.data import apart, read_rows
+from lab.data import check_no_overlap, read_rows
 from lab.rewards import named
 
 
-def dice(cfg, *purpose):
+def rng_for(cfg, *purpose):
     """A random generator for one purpose, e.g. ("rollout", 7): no state from step to step."""
     name = hashlib.md5(repr((cfg.seed, *purpose)).encode()).hexdigest()
     return torch.Generator().manual_seed(int(name[:15], 16))
@@ -20,7 +20,7 @@ def dice(cfg, *purpose):
 def load_rows(cfg, share, needs=("prompt",)):
     """The rows of train.json that belong to one stage: "sft", "preference" or "prompt"."""
     rows = read_dataset(cfg, "train.json", needs)
-    order = torch.randperm(len(rows), generator=dice(cfg, "shares")).tolist()
+    order = torch.randperm(len(rows), generator=rng_for(cfg, "shares")).tolist()
     first = {"sft": 0, "preference": cfg.sft_share}
     start = first.get(share, cfg.sft_share + cfg.preference_share)
     stop = start + getattr(cfg, f"{share}_share")
@@ -36,7 +36,7 @@ def load_eval_rows(cfg):
     """The first rows of eval.json, after making sure that no training has seen one of them."""
     rows = read_dataset(cfg, "eval.json")
     if (Path(cfg.root) / "dataset" / "train.json").exists():
-        apart(read_dataset(cfg, "train.json"), rows, "eval.json")
+        check_no_overlap(read_dataset(cfg, "train.json"), rows, "eval.json")
     return rows[: cfg.test_rows]
 
 
@@ -47,7 +47,9 @@ def batches(count, size, generator):
 
 def epochs(cfg, purpose, count, size, laps):
     """The index lists of a whole training, one a step."""
-    return [index for lap in range(laps) for index in batches(count, size, dice(cfg, purpose, lap))]
+    return [
+        index for lap in range(laps) for index in batches(count, size, rng_for(cfg, purpose, lap))
+    ]
 
 
 def read_dataset(cfg, name, needs=("prompt",)):
@@ -62,7 +64,7 @@ def prompt_batch(cfg, prompts, step):
     for i in range(step * count, (step + 1) * count):
         lap, place = divmod(i, len(prompts))
         if place == 0 or not batch:
-            order = torch.randperm(len(prompts), generator=dice(cfg, "prompts", lap)).tolist()
+            order = torch.randperm(len(prompts), generator=rng_for(cfg, "prompts", lap)).tolist()
         batch += [prompts[order[place]]] * cfg.answers
     return batch
 

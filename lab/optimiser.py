@@ -1,0 +1,185 @@
+"""The optimiser: AdamW with a schedule, in pieces that fit into memory, and safe from NaN.
+
+A training loop calls `optimiser.step(rows, loss_of, progress)`. That is zero_grad, backward, clip
+and step as in any PyTorch loop. The rest of this file keeps the same update working on machines
+with little memory, with fp16, and across interruptions.
+"""
+
+import math
+
+import torch
+
+from lab import CourseError, matmul, memory, models
+from lab.passes import in_parts
+
+
+def text_length(row):
+    """Characters of a row's texts, or of several rows side by side."""
+    if isinstance(row, (tuple, list, dict)):
+        return sum(map(text_length, row.values() if isinstance(row, dict) else row))
+    return len(row) if isinstance(row, str) else 0
+
+
+def chunks(rows, size):
+    """A list, a tensor or a range, cut into slices of `size`."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+class Optimiser:
+    """AdamW with warm-up, decay and gradient clipping for one or more models.
+
+    `state` holds the numbers that an interrupted run needs again, besides weights and moments.
+    """
+
+    length = staticmethod(text_length)  # the length of a row: the longest one needs most memory
+
+    def __init__(self, cfg, rates, steps, *, batch, frozen=(), say=print):
+        """`rates`: (model, peak learning rate) pairs; `batch`: rows of an update."""
+        memory.keep()  # every step asks for the same blocks again
+        self.cfg, self.frozen, self.say = cfg, frozen, say
+        self.models, self.peaks = [model for model, _ in rates], [rate for _, rate in rates]
+        self.parameters = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
+        self.steps = max(steps, 1)
+        self.sizes = {"rollout_batch": cfg.rollout, "longest": -1}
+        self.sizes |= {"micro_batch": cfg.micro_batch or batch}
+        self.state = {"skipped": 0, "in_a_row": 0} | self.sizes
+        fp16, device = models.precision(cfg) == "fp16", self.models[0].device.type
+        # Losses are sums here, so torch's own scale of 2**16 would overflow fp16.
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=fp16)
+        self.adamw = torch.optim.AdamW(
+            [{"params": group} for group in self.parameters],
+            betas=(cfg.beta1, cfg.beta2),
+            weight_decay=cfg.weight_decay,
+            fused=True,
+        )
+
+    def step(self, rows, loss_of, progress):
+        """One update from the loss of `rows`, after `progress` steps.
+
+        `loss_of(rows)` returns a mean loss, the number of tokens or rows in that mean, and stats.
+        """
+        if "scaler" in self.state:  # of fp16, as it was after the last step
+            self.scaler.load_state_dict(self.state["scaler"])
+
+        def work(_):
+            with models.autocast(self.cfg, self.models[0]):
+                size = self.update_size(rows, loss_of)
+            return self.backward(rows, loss_of, size)
+
+        stats = self.fit(work, "micro_batch")
+        scale = self.schedule(progress)
+        for group, peak in zip(self.adamw.param_groups, self.peaks):
+            group["lr"] = peak * scale
+        self.scaler.unscale_(self.adamw)
+        clip = torch.nn.utils.clip_grad_norm_
+        norms = [float(clip(group, self.cfg.grad_clip)) for group in self.parameters]
+        self.apply(all(map(math.isfinite, [stats["loss"], *norms])), int(progress) + 1)
+        figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
+        return stats | figures | {"skipped": self.state["skipped"]}
+
+    def schedule(self, progress):
+        """The learning rate as a share of its peak: linear warm-up, then a cosine to the floor."""
+        warmup = min(1.0, (progress + 1) / max(1.0, self.cfg.warmup * self.steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
+        return warmup * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
+
+    def backward(self, rows, loss_of, size):
+        """Gradients of `rows`, `size` rows at once. Each piece counts by its size, so the sum is
+        the gradient of the whole batch."""
+        self.adamw.zero_grad()
+        if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
+            memory.trim()  # free blocks between used ones add up
+        parts, total, pieces = [], 0, chunks(rows, size)
+        for piece in pieces:
+            with matmul.fast_matmul(self.models[0]):
+                with models.autocast(self.cfg, self.models[0]):
+                    loss, weight, stats = loss_of(piece)
+                weight = weight if pieces[1:] else 1
+                self.scaler.scale(loss * weight).backward()
+            parts.append((weight, stats | {"loss": loss.detach()}))
+            total += weight
+        learning = [p for group in self.parameters for p in group if p.grad is not None]
+        for parameter in learning if pieces[1:] else []:
+            parameter.grad /= total
+        figures = {name: [float(s[name]) for _, s in parts] for name in parts[0][1]}
+        means = {n: sum(w * x for (w, _), x in zip(parts, xs)) / total for n, xs in figures.items()}
+        return means | {n: max(xs) for n, xs in figures.items() if n.endswith("_q99")}
+
+    def apply(self, finite, step):
+        """AdamW's step, unless the loss or a gradient is NaN or infinite."""
+        if finite:
+            self.scaler.step(self.adamw)
+            self.state["in_a_row"] = 0
+        elif self.scaler.get_scale() <= 1:  # else fp16 was scaled too high, and the scale falls
+            self.skip(step)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+            self.state["scaler"] = self.scaler.state_dict()
+        self.adamw.zero_grad()
+
+    def skip(self, step):
+        """Leaves the weights as they are: one NaN would spoil every one of them."""
+        self.state["skipped"] += 1
+        self.state["in_a_row"] += 1
+        if self.state["in_a_row"] == 3:
+            raise CourseError(
+                f"Step {step}: the loss or a gradient is not finite, for the third time in a row. "
+                "The last checkpoint is good. Lower the learning rate, check the data and the "
+                "reward, then go on from the checkpoint with resume_changed = True."
+            )
+        self.say(f"step {step}: the loss or a gradient is not finite; this update was skipped.")
+
+    # ---------------------------------------------------------------------------------------------
+    # Memory
+
+    def in_parts(self, work, rows, generator):
+        """Results of `work(part)` without gradients, for parts of `rows` that fit into memory."""
+        row = memory.of_reading(self.models[0], self.cfg.max_prompt + self.cfg.max_new_tokens)
+        self.state["rollout_batch"] = memory.at_once(self.state["rollout_batch"], row, self.room())
+        how = {"state": self.state, "name": "rollout_batch", "leave": self.leave(), "say": self.say}
+        return in_parts(work, rows, self.cfg, self.models[0], generator, **how)
+
+    def fit(self, work, name):
+        """work(size) with as many rows at once as memory holds, on the CPU as the last resort."""
+        return memory.halving(work, self.state, name, self.say, self.leave())
+
+    def room(self):
+        """Bytes for one piece. Found once, so that a resumed run uses the same pieces."""
+        device = next(self.models[0].parameters()).device
+        asked = [self.cfg.memory, self.cfg.micro_batch, str(device)]
+        if self.state.get("asked") != asked:
+            every = (*self.models, *self.frozen)
+            found = {"asked": asked, "room": memory.room(self.cfg.memory, every, self.models)}
+            self.state |= self.sizes | found
+        return self.state["room"]
+
+    def update_size(self, rows, loss_of):
+        """How many rows of an update go at once so that it stays within its memory.
+
+        The longest row is measured, and again each longer one that comes along.
+        """
+        room, lengths = self.room(), [self.length(row) for row in rows]
+        longest = max(lengths)
+        if not self.cfg.micro_batch and longest > self.state["longest"]:
+            i, before = lengths.index(longest), self.state["micro_batch"]
+            found = memory.of_update(lambda: loss_of(rows[i : i + 1]), self.models)
+            size = memory.at_once(before, found[1], room - found[0])
+            self.state |= {"longest": longest, "micro_batch": size}
+            if size < before:
+                self.say(f"updates take {size} rows at once, so that they fit into memory.")
+            if self.cfg.memory and sum(found) > room:
+                limit = self.cfg.memory
+                need = f"{limit + (sum(found) - room) / 1e9:.1f} GB"
+                self.say(f"memory = {limit:g} is too little: one row at a time takes {need}.")
+        return self.state["micro_batch"]
+
+    def leave(self):
+        """What to do when one row is too much for a GPU; None where that is an error."""
+        gpu = next(self.models[0].parameters()).device.type != "cpu"
+        return self.leave_gpu if gpu and self.cfg.cpu_fallback else None
+
+    def leave_gpu(self):
+        for model in (*self.models, *self.frozen):
+            model.to("cpu")
+        self.adamw.load_state_dict(self.adamw.state_dict())  # moments follow their weights
+        self.state |= self.sizes
