@@ -71,33 +71,33 @@ def number_tokenizer(vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def skewed(dice, low, mean, high):
+def skewed(rng, low, mean, high):
     """A length between low and high with a long tail, as the lengths of texts have."""
-    return min(high, low + round(dice.gammavariate(2, (mean - low) / 2)))
+    return min(high, low + round(rng.gammavariate(2, (mean - low) / 2)))
 
 
-def prompt_length(dice):
+def prompt_length(rng):
     """Of text-to-SQL prompts: 25 to 125 tokens, 48 on average."""
-    return skewed(dice, 25, 48, 125)
+    return skewed(rng, 25, 48, 125)
 
 
-def answer_length(dice):
+def answer_length(rng):
     """Of their answers: 5 to 125 tokens, 24 on average."""
-    return skewed(dice, 5, 24, 125)
+    return skewed(rng, 5, 24, 125)
 
 
-def text(dice, length, vocabulary):
-    return " ".join(str(dice.randrange(2, vocabulary)) for _ in range(length))
+def text(rng, length, vocabulary):
+    return " ".join(str(rng.randrange(2, vocabulary)) for _ in range(length))
 
 
 def written(seed, count, vocabulary):
     """Rows with prompt, response, chosen, rejected, of the lengths above."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        row = {"prompt": text(dice, prompt_length(dice), vocabulary)}
+        row = {"prompt": text(rng, prompt_length(rng), vocabulary)}
         for name in ("response", "chosen", "rejected"):
-            row[name] = text(dice, answer_length(dice), vocabulary)
+            row[name] = text(rng, answer_length(rng), vocabulary)
         rows.append(row)
     return rows
 

@@ -4,12 +4,14 @@ A contender builds its models once; then each `turns.wait()` lets it do one step
 says how long that took and how much memory it held. All use float32 and learn next to nothing.
 """
 
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
 from functools import partial, wraps
+from types import SimpleNamespace
 
 from bench import common
 
@@ -110,25 +112,29 @@ def course_crew(shape, cfg):
 
 
 def ours_online(turns, shape, case, precision="float32"):
-    """PPO or GRPO as 3_rlhf runs them: collect, then improve."""
+    """PPO or GRPO in the loop of 3_rlhf, a step each turn."""
     import util
 
     cfg = ppo_config(precision) if case == "ppo" else grpo_config()
-    crew, rows, step = course_crew(shape, cfg), rows_of(shape, case), 0
-    optimiser = util.crew_optimiser(crew, cfg)
+    crew, rows, sample = course_crew(shape, cfg), rows_of(shape, case), util.make_rollout
     util.generate = turns.timed("generate", util.generate)
-    prompts = [row["prompt"] for row in rows]
-    while True:
-        turns.wait()
-        first = step * GROUPS % len(prompts)
-        batch = prompts if case == "ppo" else prompts[first : first + GROUPS]
-        batch = [prompt for prompt in batch for _ in range(cfg.answers)]
-        luck = util.rng_for(cfg, "rollout", step)
-        rollout = util.collect(crew, batch, cfg, kl_coef=cfg.kl_coef, generator=luck)
+
+    def steps(total, optimiser):
+        for step in itertools.count():
+            turns.wait()
+            yield step
+            turns.tell()
+
+    def rollout_lap(*args, **how):
+        rollout = sample(*args, **how)
         turns.lap("rollout")
-        list(util.improve(crew, optimiser, rollout, cfg, step, util.ALGORITHMS[case]))
-        turns.tell()
-        step += 1
+        return rollout
+
+    util.make_rollout, util.load_rows = rollout_lap, lambda *_, **__: rows
+    nothing = lambda *_, **__: None  # noqa: E731
+    stage = SimpleNamespace(past=[], say=print, steps=steps, samples=nothing, alert=nothing)
+    for _ in util.rlhf_loop(crew, cfg, stage, util.LOSSES[case]):
+        pass
 
 
 def ours_offline(turns, shape, case):

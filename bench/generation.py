@@ -41,13 +41,13 @@ def counting_model(name):
 
 def prompts(name, batch, mixed):
     """Prompt ids and mask, and how many tokens each answer will have."""
-    dice, vocabulary = random.Random(batch), common.SHAPES[name]["vocab_size"]
+    rng, vocabulary = random.Random(batch), common.SHAPES[name]["vocab_size"]
     rows, lengths = [], []
     for _ in range(batch):
-        drawn = 1 + int(math.log(1 - dice.random()) / math.log(1 - 1 / 16))  # geometric, mean 16
+        drawn = 1 + int(math.log(1 - rng.random()) / math.log(1 - 1 / 16))  # geometric, mean 16
         lengths.append(min(drawn, LONGEST) if mixed else LONGEST)
         last = vocabulary - 1 - (drawn if mixed else 2 * LONGEST)
-        middle = [dice.randrange(2, vocabulary) for _ in range(common.prompt_length(dice) - 1)]
+        middle = [rng.randrange(2, vocabulary) for _ in range(common.prompt_length(rng) - 1)]
         rows.append([*middle, last])
     return *util.pad(rows, common.PAD, "left", "cpu"), lengths
 
@@ -59,8 +59,8 @@ def duel(model, name, batch, mixed, rounds):
     limits = dict(max_new_tokens=LONGEST, eos_token_id=eos, pad_token_id=common.PAD)
 
     def ours():
-        luck = torch.Generator().manual_seed(0)
-        written["ours"] = util.generate(model, ids, mask, generator=luck, **limits)[1].sum(1)
+        generator = torch.Generator().manual_seed(0)
+        written["ours"] = util.generate(model, ids, mask, generator=generator, **limits)[1].sum(1)
 
     def theirs():
         sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True)

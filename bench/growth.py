@@ -76,7 +76,7 @@ def lines(what, rounds):
     for phase in ("generate", "score", "update"):
         contenders = {i: partial(getattr(point, phase)) for i, point in enumerate(points)}
         seconds = list(common.in_turns(contenders, rounds).values())
-        slopes = [common.exponent(xs, ys) for ys in zip(*seconds[-3:])]
+        exponents = [common.exponent(xs, ys) for ys in zip(*seconds[-3:])]
         yield {
             "what grows": grows,
             "from": f"{points[0].x:,}",
@@ -84,7 +84,7 @@ def lines(what, rounds):
             "phase": phase,
             "smallest, s": seconds[0],
             "largest, s": seconds[-1],
-            "exponent": slopes,
+            "exponent": exponents,
             "of arithmetic": common.exponent(xs, [point.flops for point in end]),
         }
 

@@ -44,7 +44,7 @@ PARAMETERS |= {f"{name}_share": count / sum(ROWS.values()) for name, count in RO
 
 def prepare(root):
     """A base model and rows of equal lengths."""
-    dice, tokenizer = random.Random(0), common.number_tokenizer(VOCABULARY)
+    rng, tokenizer = random.Random(0), common.number_tokenizer(VOCABULARY)
     transformers.set_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
     util.models.save(model, tokenizer, root / "llama")
@@ -52,7 +52,7 @@ def prepare(root):
     lengths = dict(prompt=PROMPT) | dict.fromkeys(("response", "chosen", "rejected"), ANSWER - 1)
     with open(root / "dataset" / "train.json", "w") as file:
         for _ in range(sum(ROWS.values())):
-            row = {name: common.text(dice, n, VOCABULARY) for name, n in lengths.items()}
+            row = {name: common.text(rng, n, VOCABULARY) for name, n in lengths.items()}
             file.write(json.dumps(row) + "\n")
 
 

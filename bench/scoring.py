@@ -49,8 +49,8 @@ def contenders(model, tokens, backward):
 
 def lines(name, rounds):
     """Two lines of the table: without gradients and with them."""
-    model, dice = common.language_model(name), torch.Generator().manual_seed(0)
-    ids = torch.randint(2, model.config.vocab_size, (ROWS, PROMPT + ANSWER), generator=dice)
+    model, rng = common.language_model(name), torch.Generator().manual_seed(0)
+    ids = torch.randint(2, model.config.vocab_size, (ROWS, PROMPT + ANSWER), generator=rng)
     ones = torch.ones_like(ids, dtype=torch.bool)
     tokens = ids[:, :PROMPT], ones[:, :PROMPT], ids[:, PROMPT:], ones[:, PROMPT:]
     for backward in (False, True):

@@ -1,4 +1,4 @@
-"""The whole course for several seeds: what each stage is worth, and how far that depends on luck.
+"""The whole course for several seeds: what each stage is worth, and how much that varies between seeds.
 
     python bench/seeds.py --seeds 0 1 2 --out seeds.json
 

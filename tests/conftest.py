@@ -4,6 +4,8 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test of this suite may need a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -101,6 +103,28 @@ def right_padded(rows, value=PAD, extra=0):
     ids = [row + [value] * (width - len(row)) for row in rows]
     mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def rollout_of(crew, prompts, cfg, name="test", **how):
+    """A rollout with its advantages, as the loop of 3_rlhf makes it."""
+    rollout = util.make_rollout(crew, prompts, cfg, util.rng_for(cfg, name), **how)
+    advantages_of = util.ADVANTAGES.get(cfg.algorithm, util.centred_advantages)
+    rollout.advantages, rollout.returns = advantages_of(rollout, cfg)
+    return rollout
+
+
+def run_loop(crew, cfg, prompts, say=print):
+    """The loop of 3_rlhf without a folder: the metrics of its steps."""
+    stage = SimpleNamespace(
+        past=[],
+        say=say,
+        steps=lambda total, optimiser: range(total),
+        samples=lambda rows: None,
+        alert=lambda *alerts, **how: None,
+    )
+    rows = [{"prompt": prompt} for prompt in prompts]
+    with mock.patch.object(util, "load_rows", lambda *_, **__: rows):
+        return list(util.rlhf_loop(crew, cfg, stage, util.LOSSES[cfg.algorithm]))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lab.models
 import util
 from lab import CourseError
-from tests.conftest import FAMILIES, random_model
+from tests.conftest import FAMILIES, random_model, run_loop
 
 STAGES = ("actor", "critic", "rlhf")
 SMALL = dict(
@@ -91,7 +91,7 @@ def said(model, tokens):
 
 
 def test_only_adapters_and_a_scorers_head_learn(course, tokens):
-    crew = util.assemble(course)
+    crew = util.load_crew(course)
     assert learning(crew.policy) and all("lora_" in name for name in learning(crew.policy))
     names = learning(crew.value_model)
     assert {name.split(".")[-3] for name in names if "lora_" not in name} == {"modules_to_save"}
@@ -113,20 +113,12 @@ def test_only_adapters_and_a_scorers_head_learn(course, tokens):
 
 
 def a_few_steps(crew, cfg, count=2):
-    """Rollouts and updates as the course makes them; the statistics of every update."""
-    optimiser = util.crew_optimiser(crew, cfg)
-    prompts = [row["prompt"] for row in ROWS]
-    return [
-        stats
-        for step in range(count)
-        for stats in util.improve(
-            crew, optimiser, util.roll_out(crew, optimiser, prompts, cfg, step), cfg, step
-        )
-    ]
+    """Rollouts and updates as the course makes them; the metrics of every step."""
+    return run_loop(crew, cfg.changed(steps=count), [row["prompt"] for row in ROWS])
 
 
 def test_the_reference_is_the_actor_bit_for_bit_before_and_after(course, tokens):
-    crew, actor = util.assemble(course), plain(course, "actor")
+    crew, actor = util.load_crew(course), plain(course, "actor")
     assert crew.reference is None
     expected = said(actor, tokens)
     for _ in range(2):
@@ -138,7 +130,7 @@ def test_the_reference_is_the_actor_bit_for_bit_before_and_after(course, tokens)
 
 
 def test_what_is_saved_is_the_policy_and_the_adapter_lies_beside(course, tokens, tmp_path):
-    crew = util.assemble(course)
+    crew = util.load_crew(course)
     a_few_steps(crew, course)
     expected = said(crew.policy.eval(), tokens)
     lab.models.save(crew.policy, crew.tokenizer, tmp_path)
@@ -169,7 +161,7 @@ def test_the_adapter_of_the_critic_brings_its_head(course, tokens):
     scores = util.answer_scores(critic, *tokens)
     assert scores.abs().min() > 0
     assert (util.answer_scores(both, *tokens) - scores).abs().max() < 1e-5
-    value = util.value_model_of(course)
+    value = util.load_value_model(course)
     told = (scores - critic.config.reward_mean) / critic.config.reward_std
     assert (util.answer_scores(value, *tokens) - told).abs().max() < 1e-3 * told.abs().max()
 
@@ -321,26 +313,32 @@ def test_recomputing_gives_the_same_gradients_with_twice_the_passes(family, toke
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_recomputing_and_dropout_leave_ppo_alone(family, course, tokenizer, rank):
+def test_recomputing_and_dropout_leave_ppo_alone(family, course, tokenizer, rank, monkeypatch):
     cfg = config(course.root, gradient_checkpointing=True, lora_rank=rank)
     torch.manual_seed(0)
     shape = noisy(family, len(tokenizer))
     policy = lab.models.trainable(copy.deepcopy(shape), cfg, drop=False)
     assert policy.training
-    value = lab.models.trainable(util.value_model_of(cfg), cfg, drop=False)
+    value = lab.models.trainable(util.load_value_model(cfg), cfg, drop=False)
     reward = lambda prompts, responses: [float(len(r)) for r in responses]  # noqa: E731
     crew = util.Crew(tokenizer, policy, None if rank else shape, reward, value)
-    optimiser, spy = util.crew_optimiser(crew, cfg), Spy(policy)
-    rollout = util.roll_out(crew, optimiser, [row["prompt"] for row in ROWS], cfg, 0)
-    calls = spy.take()
+    spy, seen, whole = Spy(policy), [], util.make_rollout
+
+    def spied(*args, **how):
+        seen.append((whole(*args, **how), spy.take()))
+        return seen[-1][0]
+
+    monkeypatch.setattr(util, "make_rollout", spied)
+    (metrics,) = run_loop(crew, cfg.changed(steps=1, ppo_epochs=1), [r["prompt"] for r in ROWS])
+    ((rollout, calls),) = seen
     steps = rollout.tokens[2].shape[1]
     if not rank:  # with adapters the reference passes by here once too
         assert len(calls) == steps
     assert not any(grad for _, grad, _ in calls), "nothing is recomputed while it writes"
     assert sum(length == 1 for length, *_ in calls) == (steps - 1 if calls[0][0] else 0)
-    stats = next(iter(util.improve(crew, optimiser, rollout, cfg, 0)))
-    assert len(spy.take()) == 3 and policy.training  # one looks how much memory a row needs
-    assert stats["ratio_error"] < 1e-4
+    updates = math.ceil(cfg.rollout / cfg.minibatch)
+    assert len(spy.take()) == 1 + 2 * updates and policy.training  # one measures a row's memory
+    assert metrics["ratio_error"] < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -414,17 +412,20 @@ def test_without_a_scale_to_lower_a_loss_that_is_no_number_counts(tokenizer):
 
 @pytest.mark.parametrize("precision, half", HALVES)
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_first_ratio_stays_within_what_half_precision_can_do(course, rank, precision, half):
+def test_the_first_ratio_stays_within_what_half_precision_can_do(
+    course, rank, precision, half, monkeypatch
+):
     cfg = config(course.root, lora_rank=rank, precision=precision)
-    crew = util.assemble(cfg)
-    spy = Spy(crew.policy)
+    crew = util.load_crew(cfg)
+    spy, seen, whole = Spy(crew.policy), [], util.make_rollout
     rows = [row["prompt"] for row in util.load_rows(cfg, "prompt")]
-    optimiser = util.crew_optimiser(crew, cfg)
-    rollout = util.roll_out(crew, optimiser, rows, cfg, 0)
-    stats = next(iter(util.improve(crew, optimiser, rollout, cfg, 0)))
+    monkeypatch.setattr(
+        util, "make_rollout", lambda *a, **k: seen.append(whole(*a, **k)) or seen[-1]
+    )
+    (metrics,) = run_loop(crew, cfg.changed(steps=1), rows)
     assert {call[2].dtype for call in spy.take()} == {half}
-    assert rollout.sampling_error < lab.checks.ROUNDING[precision] / 3
-    assert stats["ratio_error"] < lab.checks.ROUNDING[precision] / 3
+    assert seen[0].sampling_error < lab.checks.ROUNDING[precision] / 3
+    assert metrics["ratio_error"] < lab.checks.ROUNDING[precision] / 3
 
 
 def test_an_fp16_run_that_is_stopped_ends_in_the_same_bits(course, tmp_path):

@@ -16,7 +16,7 @@ import torch
 
 import lab.models
 import util
-from lab import CourseError, trouble, world
+from lab import CourseError, world
 
 SMALL = dict(
     device="cpu", pretrain_documents=200, pretrain_steps=3, steps=2, rollout=8, minibatch=4,
@@ -132,7 +132,7 @@ def pieces(place, values):
     cfg = config(place.finished, values)
     tokenizer, model = util.load_pair(cfg, "actor")
     prompts = [row["prompt"] for row in util.load_eval_rows(cfg)]
-    parts = util.answer(model, tokenizer, prompts, cfg, util.rng_for(cfg, "test"))
+    parts = util.generate_answers(model, tokenizer, prompts, cfg, util.rng_for(cfg, "test"))
     return [[x.tolist() for x in part] for part in parts]
 
 
@@ -179,7 +179,7 @@ def no_room(place, values):
     """One row is too much for a GPU (of which "meta" takes the part)."""
     moved = []
 
-    class Sturdy(trouble.Sturdy):
+    class Moves(util.Optimiser):
         def leave_gpu(self):
             moved.append("to the CPU")
             self.state["rows"] = 1
@@ -189,10 +189,10 @@ def no_room(place, values):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return moved
 
-    models = [torch.nn.Linear(2, 2, device="meta")]
-    sturdy = Sturdy(config(place.finished, values), models, [], print)
-    sturdy.state["rows"] = 1
-    return sturdy.fit(work, "rows")
+    model = torch.nn.Linear(2, 2, device="meta")
+    optimiser = Moves(config(place.finished, values), [(model, 0.1)], 1, batch=1)
+    optimiser.state["rows"] = 1
+    return optimiser.fit(work, "rows")
 
 
 def stranger(place, values):

@@ -108,9 +108,12 @@ def test_the_result_is_printed(root):
 def test_samples_can_be_read_along(root):
     lines = (root / "model" / "rlhf" / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert {"step", "prompt", "response", "reward", "kl", "fixed"} <= set(rows[0])
-    fixed = [row["prompt"] for row in rows if row["fixed"]]
-    assert len(fixed) == 2 * len(set(fixed)), "the same prompts at both steps"
+    assert {"step", "temperature", "prompt", "response", "reward", "kl"} == set(rows[0])
+    first, last = ([r for r in rows if r["step"] == step] for step in (0, rows[-1]["step"]))
+    assert [r["prompt"] for r in first] == [r["prompt"] for r in last], "the same prompts"
+    assert {row["temperature"] for row in last} == {0.0, 1.0}
+    assert all(abs(row["kl"]) < 1e-3 for row in first), "nothing has been learned yet"
+    assert any(row["kl"] > 0 for row in last)
 
 
 def test_models_load_with_plain_transformers(root):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import util
-from lab.data import apart, read_rows, repeated
+from lab.data import check_no_overlap, read_rows, repeated
 from lab.runs import CourseError
 
 # ------------------------------------------------------------------------------------------ Config
@@ -281,14 +281,14 @@ def test_repeated_rows_are_counted():
     assert repeated(rows) == 2 and repeated(rows[:2]) == repeated([]) == 0
 
 
-def test_prompts_of_training_and_evaluation_must_be_apart(root):
+def test_prompts_of_training_and_evaluation_must_not_overlap(root):
     train = [{"prompt": f"Human: {i} Assistant:", "chosen": "a"} for i in range(5)]
     evals = [{"prompt": f"Human: {i} Assistant:", "chosen": "b"} for i in (7, 3, 8, 4, 3)]
     with pytest.raises(CourseError, match=r"eval.json, row 2 \(the first of 3\): .*proves nothing"):
-        apart(train, evals, "dataset/eval.json")
-    assert apart(train, evals[::2][:1], "eval.json") is None
+        check_no_overlap(train, evals, "dataset/eval.json")
+    assert check_no_overlap(train, evals[::2][:1], "eval.json") is None
     embedded = [read_rows(root / "dataset" / f"{split}.json") for split in ("train", "eval")]
-    assert apart(*embedded, "dataset/eval.json") is None
+    assert check_no_overlap(*embedded, "dataset/eval.json") is None
 
 
 def test_prompts_get_the_dialogue_frame_once(tmp_path):
@@ -437,7 +437,9 @@ def test_a_tokenizer_without_eos_gets_one_and_its_model_a_row_for_it(make_model,
     assert model.get_input_embeddings().num_embeddings == size + 1
     assert util.encode_answer(tokenizer, "one", 8)[-1] == size
     tokens = util.encode_prompts(tokenizer, ["Human: two Assistant:"], cfg, model.device)
-    ids, mask, logprobs = util.sample(model, tokenizer, *tokens, cfg, util.rng_for(cfg, "test"))
+    ids, mask, logprobs = util.generate(
+        model, *tokens, **util.sampling(cfg, model, tokenizer), generator=util.rng_for(cfg, "test")
+    )
     scored, _ = util.response_logprobs(model, *tokens, ids, mask)
     assert torch.allclose(scored, logprobs, atol=1e-5)
 

@@ -85,12 +85,13 @@ def test_sampling_and_scoring_agree_on_every_device(tokenizer, device):
     cfg = util.Config("smoke", device=device)
     prompts = [f"Human: {a} {b}? Assistant:" for a in WORDS for b in WORDS[:3]]
     tokens = util.encode_prompts(tokenizer, prompts, cfg, model.device)
-    ids, mask, sampled = util.sample(model, tokenizer, *tokens, cfg, util.rng_for(cfg, "x"))
+    how = util.sampling(cfg, model, tokenizer)
+    ids, mask, sampled = util.generate(model, *tokens, **how, generator=util.rng_for(cfg, "x"))
     with torch.no_grad():
         scored, _ = util.response_logprobs(model, *tokens, ids, mask)
     assert torch.allclose(scored, sampled, atol=1e-3)
     home = random_model("llama", len(tokenizer), initializer_range=0.1)
     there = util.encode_prompts(tokenizer, prompts, cfg, "cpu")
-    expected = util.sample(home, tokenizer, *there, cfg, util.rng_for(cfg, "x"))[0]
+    expected = util.generate(home, *there, **how, generator=util.rng_for(cfg, "x"))[0]
     same = (ids[:, : expected.shape[1]].cpu() == expected[:, : ids.shape[1]]).float().mean()
     assert same > 0.95, "the same random numbers choose the same tokens"

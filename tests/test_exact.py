@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import util
 from lab.rewards import normalised
+from tests.conftest import rollout_of
 
 TABLE = Path(__file__).with_name("exact.md")
 SEEDS, B, R, V, G = range(6), 6, 9, 17, 3
@@ -58,9 +59,9 @@ def oracle_mean_over(x, unit="token"):
 
 def oracle_whiten(x):
     centre = mean(x[b][t] for b, t in REAL)
-    spread = math.sqrt(mean((x[b][t] - centre) ** 2 for b, t in REAL) + 1e-8)
+    deviation = math.sqrt(mean((x[b][t] - centre) ** 2 for b, t in REAL) + 1e-8)
     zeros = {(b, t): 0.0 for b in range(B) for t in range(R)}
-    found = zeros | {(b, t): (x[b][t] - centre) / spread for b, t in REAL}
+    found = zeros | {(b, t): (x[b][t] - centre) / deviation for b, t in REAL}
     return list(found.values())
 
 
@@ -316,11 +317,11 @@ EXCUSES = {  # (start of the name, kind, type): (bound, why it is not the aim)
 
 def inputs(name, kind, seed):
     """Random numbers that float32 can hold, so that both types compute with the same."""
-    luck = np.random.default_rng([seed, len(name)])
+    rng = np.random.default_rng([seed, len(name)])
     _, _, shapes, scale = CASES[name]
-    columns = [luck.normal(size=shape) for shape in shapes]
+    columns = [rng.normal(size=shape) for shape in shapes]
     if kind == "extreme":  # most of them small, some of them large
-        columns = [np.where(luck.random(x.shape) < 0.3, scale * x, x) for x in columns]
+        columns = [np.where(rng.random(x.shape) < 0.3, scale * x, x) for x in columns]
     if kind == "far off":
         columns = [x - 100 for x in columns]
     return [x.astype(np.float32).astype(np.float64) for x in columns]
@@ -513,8 +514,8 @@ def test_the_controller_of_the_price(target, kl):
 @pytest.mark.parametrize("dtype", AIMS, ids=["float32", "float64"])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_k3_is_never_below_0(dtype, scale):
-    luck = torch.Generator().manual_seed(0)
-    new, ref = scale * torch.randn(2, 10_000, generator=luck, dtype=dtype)
+    rng = torch.Generator().manual_seed(0)
+    new, ref = scale * torch.randn(2, 10_000, generator=rng, dtype=dtype)
     assert (util.kl_estimate(new, ref, estimator="k3") >= 0).all()
     near = new + 1e-6 * ref
     assert (util.kl_estimate(new, near, estimator="k3") >= 0).all()
@@ -539,9 +540,9 @@ def test_a_group_of_equal_rewards_gives_no_advantage_at_all(size):
 
 def test_grpo_starts_at_0_and_still_moves():
     """With the mean over answers; over tokens long answers weigh more, and the sum is not 0."""
-    luck = torch.Generator().manual_seed(0)
-    logprobs = torch.randn(B, R, generator=luck, dtype=torch.float64)
-    advantages = util.group_advantages(torch.randn(B, generator=luck, dtype=torch.float64), G)
+    rng = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(B, R, generator=rng, dtype=torch.float64)
+    advantages = util.group_advantages(torch.randn(B, generator=rng, dtype=torch.float64), G)
     for scale in ("answer", "token"):
         mask = MASK if scale == "answer" else torch.ones_like(MASK)
         leaf = logprobs.clone().requires_grad_()
@@ -601,36 +602,37 @@ def small(algorithm, **given):
     answers = dict(answers=4) if algorithm in ("grpo", "rloo") else {}
     given = dict(loss_mean="token") | given
     sizes = dict(device="cpu", max_prompt=30, max_new_tokens=8, rollout=8, algorithm=algorithm)
+    sizes |= dict(kl_coef=0.1)
     return util.Config("smoke", **sizes, **answers, **given)
 
 
 def roll(crew, cfg):
     prompts = [{"prompt": f"Human: {text} Assistant:"} for text in ("How are you?", "x" * 40)]
     prompts = [row["prompt"] for row in prompts for _ in range(4)]
-    return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=util.rng_for(cfg, "test"))
+    return rollout_of(crew, prompts, cfg)
 
 
 def ending(patch, share=0.2):
     """Every fifth token becomes an eos, whatever the model thinks of it; its log-prob is true."""
     whole = util.pick
 
-    def pick(logits, luck, temperature, *more):
-        token = whole(logits, luck, temperature, *more)[0]
-        token = torch.where((luck * 97) % 1 < share, 1, token)
+    def pick(logits, rng, temperature, *more):
+        token = whole(logits, rng, temperature, *more)[0]
+        token = torch.where((rng * 97) % 1 < share, 1, token)
         return token, util.token_logprobs(logits / temperature, token)
 
     patch.setattr(util, "pick", pick)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", util.ALGORITHMS)
+@pytest.mark.parametrize("name", util.LOSSES)
 def test_the_first_ratio_of_a_rollout_is_1(name, temperature, crew, monkeypatch):
     ending(monkeypatch)
     cfg = small(name, temperature=temperature)
     rollout = roll(crew, cfg)
     assert len(set(rollout.mask.sum(1).tolist())) > 2, "answers differ in length"
     for rows in (list(range(8)), [5, 2], [7]):
-        _, weight, stats = util.ALGORITHMS[name](crew, rollout, cfg, rows)
+        _, weight, stats = util.LOSSES[name](crew, rollout, cfg, rows)
         assert stats["ratio_error"] < 1e-5 and weight == rollout.mask[rows].sum()
         assert stats["clip_fraction"] == 0 and abs(stats["approx_kl"]) < 1e-6
 
@@ -654,7 +656,7 @@ def test_grpo_on_a_rollout_starts_at_0_with_a_gradient(crew, monkeypatch):
     crew.reference = crew.policy
     published = dict(kl_in="loss", kl_estimator="k3", loss_mean="answer")
     cfg = small("grpo", reward_clip=100.0, missing_eos_penalty=0.5, **published)
-    loss, _, stats = util.grpo(crew, roll(crew, cfg), cfg, list(range(8)))
+    loss, _, stats = util.grpo_minibatch_loss(crew, roll(crew, cfg), cfg, list(range(8)))
     loss.backward()
     assert abs(loss.item()) < 1e-6 and abs(stats["kl_in_loss"]) < 1e-9
     assert max(p.grad.abs().max() for p in crew.policy.parameters() if p.grad is not None) > 1e-3
@@ -667,9 +669,9 @@ def test_a_rollout_of_equal_rewards_moves_nothing_in_grpo(crew, monkeypatch, kl,
     cfg = small("grpo", missing_eos_penalty=0.0, kl_in=kl[0], kl_estimator=kl[1])
     rollout = roll(crew, cfg)
     assert rollout.advantages.abs().max() <= rounding
-    util.grpo(crew, rollout, cfg, list(range(8)))[0].backward()
-    slopes = [p.grad.abs().max() for p in crew.policy.parameters() if p.grad is not None]
-    assert max(slopes) < 1e-5 + rounding
+    util.grpo_minibatch_loss(crew, rollout, cfg, list(range(8)))[0].backward()
+    gradients = [p.grad.abs().max() for p in crew.policy.parameters() if p.grad is not None]
+    assert max(gradients) < 1e-5 + rounding
 
 
 def test_dpo_on_real_pairs_starts_at_ln_2(crew, monkeypatch):
@@ -686,7 +688,7 @@ def test_dpo_on_real_pairs_starts_at_ln_2(crew, monkeypatch):
     monkeypatch.setattr(util, "Optimiser", Looks)
     steps = {"steps": lambda count, optimiser: range(count), "samples": list}
     cfg = small("dpo", dpo_batch=4, eval_batch=3)
-    list(util.from_pairs(crew, cfg, SimpleNamespace(say=print, **steps)))
+    list(util.dpo_loop(crew, cfg, SimpleNamespace(say=print, **steps)))
     for (loss, weight, stats), count in zip(seen[0], (4, 1)):
         assert loss.item() == pytest.approx(math.log(2), abs=1e-5) and weight == count
         assert abs(stats["margin"]) < 1e-5

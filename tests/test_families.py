@@ -17,6 +17,7 @@ import util
 from lab import CourseError, fast_path
 from lab.data import turns
 from lab.tokens import own_frame
+from tests.conftest import rollout_of
 
 PAD, EOS, UNK, VOCABULARY = 0, 1, 2, 64
 PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20]]
@@ -247,9 +248,9 @@ def task(name, model, scorer, cfg):
         return loss_of, [crew.policy], ROWS
     prompts = [row["prompt"] for row in ROWS[:2] for _ in range(4)]
     crew.value_model = crew.value_model if name == "ppo" else None
-    rollout = util.collect(crew, prompts, cfg, kl_coef=0.05, generator=util.rng_for(cfg, "rollout"))
+    rollout = rollout_of(crew, prompts, cfg.changed(kl_coef=0.05, algorithm=name), "rollout")
     learning = [crew.policy] + ([crew.value_model] if name == "ppo" else [])
-    return partial(util.ALGORITHMS[name], crew, rollout, cfg), learning, list(range(len(prompts)))
+    return partial(util.LOSSES[name], crew, rollout, cfg), learning, list(range(len(prompts)))
 
 
 @pytest.mark.parametrize("name", ["sft", "critic", "ppo", "grpo", "dpo"])
@@ -335,7 +336,9 @@ def test_a_tokenizer_without_an_eos_gets_one_and_the_model_a_row_for_it(cfg, tmp
     assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
     model.get_output_embeddings().weight[:-1] = -model.get_output_embeddings().weight[-1]
     prompt = util.encode_prompts(tokenizer, ["Human: w5 Assistant:"] * 8, cfg, "cpu")
-    ids, mask, _ = util.sample(model, tokenizer, *prompt, cfg, util.rng_for(cfg))
+    ids, mask, _ = util.generate(
+        model, *prompt, **util.sampling(cfg, model, tokenizer), generator=util.rng_for(cfg)
+    )
     assert util.ended(ids, mask, tokenizer.eos_token_id).any()  # generation can stop
 
 

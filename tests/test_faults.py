@@ -111,8 +111,8 @@ class Course:
             return whole(*args)
 
         self.patch.setattr(util, name, limited)
-        if name in util.ALGORITHMS:
-            self.patch.setitem(util.ALGORITHMS, name, limited)
+        for known in [known for known, loss in util.LOSSES.items() if loss is whole]:
+            self.patch.setitem(util.LOSSES, known, limited)
 
     def spoil(self, *calls):
         """The loss of 1_actor is no number in these updates."""
@@ -1278,7 +1278,7 @@ def after_three_losses(course):
 @fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once; the result is", "figures")
 def no_memory_for_an_update(course):
     """memory ends in an update of 3_rlhf with more than 2 rows"""
-    course.tight("ppo", 2, 3)
+    course.tight("ppo_minibatch_loss", 2, 3)
 
 
 @fault(
@@ -1292,13 +1292,13 @@ def no_memory_for_pairs(course):
 @fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once", "figures")
 def no_memory_for_a_rollout(course):
     """memory ends in a rollout with more than 2 rows"""
-    course.tight("answer_and_score", 2, 3)
+    course.tight("decode", 2, 1)
 
 
 @fault(TRAINING, "rlhf", r"model/rlhf was not written\. Memory ran out: lower eval_batch, rollout")
 def no_memory_for_one_row(course):
     """memory ends even with one row at a time"""
-    course.tight("ppo", 0, 3)
+    course.tight("ppo_minibatch_loss", 0, 3)
 
 
 @fault(TRAINING, "report", r"Memory ran out: lower eval_batch")

@@ -13,7 +13,6 @@ import torch
 import util
 from lab import CourseError, memory, notebook
 from lab.runs import Stage
-from lab.errors import Sturdy
 from util import Config
 
 # Pages that the system had to lend while 64 MB were filled anew, twenty times; then what is held.
@@ -72,7 +71,7 @@ def test_who_trains_keeps_and_a_notebook_that_has_trained_gives_back(monkeypatch
     monkeypatch.setattr(notebook, "redraw", lambda *_: None)
 
     def steps():
-        Sturdy(Config("smoke"), [], (), print)
+        util.Optimiser(Config("smoke"), [(torch.nn.Linear(2, 2), 0.1)], 1, batch=1)
         yield {"step": 1}
         calls.append("trained")
 
@@ -142,7 +141,7 @@ def optimiser_of(model, cfg, say=print):
 
 def test_an_update_takes_as_many_rows_at_once_as_memory_allows(actor):
     model, cfg, loss_of, seen = actor
-    optimiser_of(model, cfg).gradient(ROWS, loss_of, 8)
+    optimiser_of(model, cfg).backward(ROWS, loss_of, 8)
     expected = [p.grad.clone() for p in model.parameters()]
     most = kept_of(model, loss_of, ROWS)
     sizes = {}
@@ -153,7 +152,7 @@ def test_an_update_takes_as_many_rows_at_once_as_memory_allows(actor):
         seen.clear()
         sizes[share] = limited.update_size(ROWS, loss_of)
         assert seen == [1], "one row is enough to know"
-        limited.gradient(ROWS, loss_of, sizes[share])
+        limited.backward(ROWS, loss_of, sizes[share])
         pieces = [kept_of(model, loss_of, part) for part in util.chunks(ROWS, sizes[share])]
         assert max(pieces) <= most * share or sizes[share] == 1
         for parameter, one in zip(model.parameters(), expected):
@@ -256,7 +255,7 @@ def test_answers_and_scores_too_go_as_many_at_once_as_fit(text_model, tokenizer)
     for given in (0.0, limit):
         cfg, luck = cfg.changed(memory=given), util.rng_for(cfg, "test")
         prompts = [row["prompt"] for row in ROWS]
-        parts = list(util.answer(text_model, tokenizer, prompts, cfg, luck))
+        parts = list(util.generate_answers(text_model, tokenizer, prompts, cfg, luck))
         sizes.append([len(part[0]) for part in parts])
         texts.append([text for part in parts for text in util.decode(tokenizer, *part[2:])])
     assert sizes == [[8], [2, 2, 2, 2]]
@@ -297,13 +296,13 @@ def result(folder, stage):
 
 def test_a_run_with_little_memory_goes_on_with_the_same_bits(begin, monkeypatch):
     asked, sizes = dict(memory=0.6, actor_batch=8, checkpoint_minutes=0), []
-    whole = util.Optimiser.gradient
+    whole = util.Optimiser.backward
 
     def gradient(self, rows, loss_of, size):
         sizes.append(size)
         return whole(self, rows, loss_of, size)
 
-    monkeypatch.setattr(util.Optimiser, "gradient", gradient)
+    monkeypatch.setattr(util.Optimiser, "backward", gradient)
     one, other = begin("one"), begin("other")
     list(util.train_actor(Config("smoke", root=str(one), **asked)))
     assert set(sizes) == {1}

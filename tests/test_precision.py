@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import util
-from lab import CourseError, models, trouble
-from tests.conftest import random_model
+from lab import CourseError, checks, models
+from tests.conftest import random_model, run_loop
 
 PRECISIONS = ["float32", "bf16", "fp16"]
 PROMPTS = [f"Human: What is {word}? Assistant:" for word in "a bb ccc dddd eeeee".split()]
 
 
 def config(**changes):
-    small = dict(device="cpu", rollout=20, minibatch=20, max_new_tokens=12, warmup=0.0)
+    small = dict(device="cpu", steps=1, rollout=20, minibatch=20, max_new_tokens=12, warmup=0.0)
     return util.Config("smoke", **small | changes)
 
 
@@ -36,9 +36,7 @@ def crew_of(tokenizer, family="gpt2"):
 @pytest.mark.parametrize("fault", ["none", "temperature", "dropout", "sampling"])
 def test_rounding_passes_and_anything_else_stops_the_run(tokenizer, monkeypatch, fault, precision):
     cfg, crew = config(precision=precision, micro_batch=3), crew_of(tokenizer)
-    optimiser = util.crew_optimiser(crew, cfg)
-    rollout = util.roll_out(crew, optimiser, PROMPTS * 4, cfg, 0)
-    score = util.response_logprobs
+    score, sample = util.response_logprobs, util.make_rollout
 
     def hot(*tokens, temperature, **how):
         return score(*tokens, temperature=1.5, **how)
@@ -47,27 +45,35 @@ def test_rounding_passes_and_anything_else_stops_the_run(tokenizer, monkeypatch,
         logprobs, entropy = score(*tokens, **how)
         return F.dropout(logprobs, 0.1), entropy
 
-    if fault == "sampling":
+    def other_sampling(*args, **how):
+        rollout = sample(*args, **how)
         rollout.sampled = 1.2 * rollout.sampled
-    elif fault != "none":
-        wrong = {"temperature": hot, "dropout": dropping}[fault]
-        monkeypatch.setattr(util, "response_logprobs", wrong)
+        return rollout
+
+    wrong = {
+        "none": ("make_rollout", sample),
+        "sampling": ("make_rollout", other_sampling),
+        "temperature": ("response_logprobs", hot),
+        "dropout": ("response_logprobs", dropping),
+    }
+    monkeypatch.setattr(util, *wrong[fault])
     if fault == "none":
-        stats = next(iter(util.improve(crew, optimiser, rollout, cfg, 0)))
-        assert stats["ratio_error"] <= stats["ratio_error_q99"]
+        (metrics,) = run_loop(crew, cfg, PROMPTS * 4)
+        assert metrics["ratio_error"] <= metrics["ratio_error_q99"]
         return
     with pytest.raises(CourseError, match="first ratios of a rollout are off by .* on average"):
-        list(util.improve(crew, optimiser, rollout, cfg, 0))
+        run_loop(crew, cfg, PROMPTS * 4)
 
 
-def test_in_half_precision_ratios_compare_scoring_with_scoring(tokenizer):
+def test_in_half_precision_ratios_compare_scoring_with_scoring(tokenizer, monkeypatch):
     cfg, crew = config(precision="bf16", micro_batch=4), crew_of(tokenizer)
-    optimiser = util.crew_optimiser(crew, cfg)
-    rollout = util.roll_out(crew, optimiser, PROMPTS * 4, cfg, 0)
-    stats = next(iter(util.improve(crew, optimiser, rollout, cfg, 0)))
-    assert stats["ratio_error"] < rollout.sampling_error / 3
-    exact = config()
-    rollout = util.roll_out(crew, optimiser, PROMPTS * 4, exact, 0)
+    seen, whole = [], util.make_rollout
+    monkeypatch.setattr(
+        util, "make_rollout", lambda *a, **k: seen.append(whole(*a, **k)) or seen[-1]
+    )
+    (metrics,) = run_loop(crew, cfg, PROMPTS * 4)
+    assert metrics["ratio_error"] < seen[0].sampling_error / 3
+    rollout = whole(crew, PROMPTS * 4, config(), util.rng_for(cfg, "test"))
     assert rollout.sampled is rollout.logprobs or torch.equal(rollout.sampled, rollout.logprobs)
 
 
@@ -99,7 +105,7 @@ def test_of_several_pieces_the_worst_quantile_counts(tokenizer):
         loss = model.get_input_embeddings().weight.sum()
         return loss, len(rows), {"ratio_error_q99": x, "ratio_error": x}
 
-    stats = optimiser.gradient([1, 2, 3, 6], loss_of, 1)
+    stats = optimiser.backward([1, 2, 3, 6], loss_of, 1)
     assert stats["ratio_error_q99"] == 6 and stats["ratio_error"] == 3
 
 
@@ -153,7 +159,7 @@ def test_whatever_asks_a_model_asks_in_the_precision_of_the_parameters(course, p
     sft = [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
     asked = {
         "evaluate": lambda: util.evaluate(crew, rows, cfg, rng),
-        "look": lambda: util.look(crew, util.prompts_of(rows), cfg),
+        "samples": lambda: list(util.sample_answers(crew, [rows[0]["prompt"]], cfg, 0)),
         "score_scale": lambda: util.score_scale(critic, cfg),
         "validation_loss": lambda: util.validation_loss(actor, tokenizer, sft, cfg),
         "evaluate_critic": lambda: util.evaluate_critic(critic, tokenizer, rows, cfg),
@@ -251,7 +257,8 @@ def test_generation_needs_no_float64_where_there_is_none(text_model, tokenizer, 
     cfg = config()
     ids, mask = util.encode_prompts(tokenizer, PROMPTS, cfg, "cpu")
     with NoDoubles():
-        out = util.sample(text_model, tokenizer, ids, mask, cfg, util.rng_for(cfg, "x"))
+        how = util.sampling(cfg, text_model, tokenizer)
+        out = util.generate(text_model, ids, mask, **how, generator=util.rng_for(cfg, "x"))
         again, _ = util.response_logprobs(text_model, ids, mask, *out[:2])
     assert torch.allclose(again, out[2], atol=1e-4)
 
@@ -259,8 +266,8 @@ def test_generation_needs_no_float64_where_there_is_none(text_model, tokenizer, 
 def test_the_largest_random_number_never_leaves_the_vocabulary():
     """0.9999999999 is 1 in float32, and 1 lies behind the last token that is possible."""
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    luck = torch.tensor([1 - 2**-24])
-    assert util.pick(logits, luck, 1.0, 0, 1.0)[0].item() == 1
+    uniforms = torch.tensor([1 - 2**-24])
+    assert util.pick(logits, uniforms, 1.0, 0, 1.0)[0].item() == 1
 
 
 def test_one_place_decides_the_device(monkeypatch):
@@ -280,6 +287,6 @@ def test_everything_is_loaded_where_the_parameters_say_and_nothing_moves_it(cour
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda module, *where, **_: moved.append(where) or module
     )
-    crew = util.assemble(course.changed(device="cuda:1"))
+    crew = util.load_crew(course.changed(device="cuda:1"))
     assert crew.policy and len(moved) >= 4, "policy, reference, reward model, value model"
     assert all(where == (there,) for where in moved), moved

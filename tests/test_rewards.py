@@ -299,16 +299,23 @@ def begin(finished, tmp_path):
 
 
 def test_the_parts_of_a_reward_stand_in_the_metrics(begin, monkeypatch):
-    seen, whole = [], util.answer_and_score
+    seen, whole = [], util.make_rollout
 
-    def listens(*args):
-        seen.append(whole(*args))
-        return seen[-1]
+    def listens(*args, **how):
+        seen.append((whole(*args, **how), *asked))
+        return seen[-1][0]
 
-    monkeypatch.setattr(util, "answer_and_score", listens)
+    def asks(*args):
+        asked[:] = args[2], *ask(*args)
+        return asked[1:]
+
+    asked, ask = [], util.ask
+    monkeypatch.setattr(util, "ask", asks)
+    monkeypatch.setattr(util, "make_rollout", listens)
     cfg = small(begin, reward="model - 0.5*length + 2*sentence", steps=1, ppo_epochs=1)
     (metrics,) = util.train_rlhf(cfg)
-    ((texts, parts, *_, scores),) = seen
+    ((rollout, texts, scores, parts),) = seen
+    assert rollout.responses == texts
     assert metrics["reward_length"] == pytest.approx(sum(len(t.split()) for t in texts) / 8)
     assert metrics["reward_sentence"] == pytest.approx(sum(parts["sentence"]) / 8)
     model = np.array(parts["model"])
@@ -321,12 +328,12 @@ def test_the_parts_of_a_reward_stand_in_the_metrics(begin, monkeypatch):
 
 def test_parts_of_pieces_are_those_of_the_whole(finished):
     cfg = small(finished, reward="length")
-    crew = util.assemble(cfg)
+    crew = util.load_crew(cfg)
     prompts = [row["prompt"] for row in util.load_rows(cfg, "prompt")[:8]]
 
     def roll(size):
-        luck = util.rng_for(cfg, "test")
-        return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=luck, size=size)
+        rng = util.rng_for(cfg, "test")
+        return util.make_rollout(crew, prompts, cfg.changed(eval_batch=size), rng)
 
     assert roll(3).parts == pytest.approx(roll(8).parts)
 
@@ -395,7 +402,7 @@ LOSS = """
 import util
 
 def reinforce(crew, rollout, cfg, rows):
-    tokens, old = rollout.part(rows, crew.policy.device)
+    tokens, old = rollout.minibatch(rows, crew.policy.device)
     logprobs, _ = util.response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
     loss = -util.masked_mean(logprobs * old["advantages"], tokens[3])
     return loss, int(tokens[3].sum()), {"surprise": -logprobs.detach().mean()}
@@ -431,13 +438,13 @@ def test_a_loss_of_ones_own_trains_as_a_function(begin, here):
 
 
 def test_a_shipped_loss_given_as_a_function_keeps_its_name(begin):
-    history, _ = trained(begin, util.ppo)
+    history, _ = trained(begin, util.ppo_minibatch_loss)
     assert "explained_variance" in history[0], "PPO has its value model"
-    trained(begin, util.grpo, answers=4, rollout=8)
+    trained(begin, util.grpo_minibatch_loss, answers=4, rollout=8)
     record = json.loads((begin / "model" / "rlhf" / "stage.json").read_text())
     assert record["config"]["algorithm"] == "grpo"
-    known = util.ALGORITHMS
-    assert rewards.name_of(util.grpo, known, "rloo") == "rloo", "the loss of both"
+    known = util.LOSSES
+    assert rewards.name_of(util.grpo_minibatch_loss, known, "rloo") == "rloo", "the loss of both"
 
 
 @pytest.mark.parametrize("handed", [True, False], ids=["function", "name"])
@@ -445,8 +452,10 @@ def test_a_loss_of_ones_own_has_the_distance_from_the_mean_as_advantages(
     handed, begin, here, monkeypatch
 ):
     here("own_losses_c", LOSS)
-    seen, whole = [], util.collect
-    monkeypatch.setattr(util, "collect", lambda *a, **k: seen.append(whole(*a, **k)) or seen[-1])
+    seen, whole = [], util.make_rollout
+    monkeypatch.setattr(
+        util, "make_rollout", lambda *a, **k: seen.append(whole(*a, **k)) or seen[-1]
+    )
     name = "own_losses_c.reinforce"
     if handed:
         trained(begin, rewards.named("algorithm", name, {}), kl_in="loss")
@@ -552,7 +561,7 @@ def test_a_stopped_run_goes_on_with_the_same_function_only(what, begin):
             return [weight * len(r) for r in responses]
 
         def loss(crew, rollout, cfg, rows):
-            value, count, stats = util.grpo(crew, rollout, cfg, rows)
+            value, count, stats = util.grpo_minibatch_loss(crew, rollout, cfg, rows)
             return weight * value, count, stats
 
         return {"reward": reward} | ({"algorithm": loss} if what == "algorithm" else {})

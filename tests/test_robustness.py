@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import util
-from lab import CourseError, trouble
+from lab import CourseError, checks, errors, memory
 from lab.runs import Stage
+from tests.conftest import rollout_of
 
 ROWS = [
     {"prompt": f"Human: {question} Assistant:", "response": good, "chosen": good, "rejected": bad}
@@ -52,9 +53,8 @@ def crew(tokenizer, make_model):
 
 
 def roll(crew, cfg, size=None):
-    luck = util.rng_for(cfg, "test")
     prompts = [row["prompt"] for row in ROWS]
-    return util.collect(crew, prompts, cfg, kl_coef=0.1, generator=luck, size=size)
+    return rollout_of(crew, prompts, cfg.changed(kl_coef=0.1, eval_batch=size or len(prompts)))
 
 
 # -------------------------------------------------------------------------------------- in pieces
@@ -97,7 +97,7 @@ def loss_of_pairs(crew, cfg, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(util, "Optimiser", Takes)
         patch.setattr(util, "load_rows", lambda *_, **__: ROWS)
-        list(util.from_pairs(crew, cfg, stage))
+        list(util.dpo_loop(crew, cfg, stage))
     ((rows, loss_of),) = taken
     assert sorted(rows) == list(range(len(ROWS)))
     return rows, loss_of
@@ -111,14 +111,11 @@ def ragged(rollout, cfg):
     rollout.tokens = prompt_ids, prompt_mask, ids.masked_fill(~mask, 0), mask
     for name in ("logprobs", "ref_logprobs", "values"):
         setattr(rollout, name, getattr(rollout, name) * mask)
-    kl = util.kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=cfg.kl_estimator)
-    price = rollout.kl_coef if cfg.kl_in == "reward" else 0
-    scores = torch.arange(8.0).flip(0) / 4
-    found = util.advantages_of(scores, kl, price, rollout.values, mask, cfg)
-    rollout.advantages, rollout.returns = found
-    luck = torch.Generator().manual_seed(1)
-    rollout.logprobs = rollout.logprobs + 0.3 * torch.randn(8, 8, generator=luck) * mask
-    rollout.values = rollout.values + 0.3 * torch.randn(8, 8, generator=luck) * mask
+    rollout.scores = torch.arange(8.0).flip(0) / 4
+    rollout.advantages, rollout.returns = util.ADVANTAGES[cfg.algorithm](rollout, cfg)
+    rng = torch.Generator().manual_seed(1)
+    rollout.logprobs = rollout.logprobs + 0.3 * torch.randn(8, 8, generator=rng) * mask
+    rollout.values = rollout.values + 0.3 * torch.randn(8, 8, generator=rng) * mask
     return rollout
 
 
@@ -143,7 +140,7 @@ def losses(crew, cfg, name, monkeypatch):
     rollout = ragged(roll(crew, cfg), cfg)
 
     def answers(rows):
-        return util.ALGORITHMS[name](crew, rollout, cfg, rows)
+        return util.LOSSES[name](crew, rollout, cfg, rows)
 
     models = [crew.policy] + ([crew.value_model] if name == "ppo" else [])
     return models, list(range(len(ROWS))), answers
@@ -165,7 +162,7 @@ def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
 ):
     """One piece, two of 4, three with a rest, eight of 1: also when answers differ in length."""
     given = dict(dpo_batch=8) | (VARIANTS | PAIRS)[variant]
-    algorithm = name if name in util.ALGORITHMS or name == "dpo" else "ppo"
+    algorithm = name if name in util.LOSSES or name == "dpo" else "ppo"
     sizes = dict(device="cpu", max_prompt=30, max_new_tokens=8, algorithm=algorithm, rollout=8)
     cfg = util.Config("smoke", **sizes, **GROUPS.get(name, {}), **given)
     crew.value_model.score.weight.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -175,7 +172,7 @@ def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
     optimiser = util.Optimiser(cfg, [(model, 1e-3) for model in models], 10, batch=8)
     stats, gradients = {}, {}
     for size in (8, 4, 3, 1):
-        stats[size] = optimiser.gradient(rows, loss_of, size)
+        stats[size] = optimiser.backward(rows, loss_of, size)
         parameters = [p for group in optimiser.parameters for p in group if p.grad is not None]
         gradients[size] = torch.cat([p.grad.double().flatten() for p in parameters])
     assert gradients[8].norm() > 0
@@ -235,7 +232,7 @@ def test_where_one_row_is_too_much_it_is_an_error_or_the_cpu():
         state["rows"] = 4
 
     assert memory.halving(fits_on_the_cpu, state, "rows", said.append, leave) == 4
-    assert "going on with the CPU" in said[-1]
+    assert "continuing on the CPU" in said[-1]
 
 
 def test_other_errors_are_no_reason_to_try_again():
@@ -319,20 +316,20 @@ def passes(crew, cfg):
     def evaluate():
         return util.evaluate(crew, ROWS, cfg, util.rng_for(cfg, "test"))
 
-    def look():
-        return util.look(crew, [row["prompt"] for row in ROWS], cfg)
+    def samples():
+        return list(util.sample_answers(crew, [row["prompt"] for row in ROWS], cfg, 0))
 
     return {
         "score_scale": scale,
         "evaluate": evaluate,
-        "look": look,
+        "samples": samples,
         "validation_loss": lambda: util.validation_loss(crew.policy, crew.tokenizer, ROWS, cfg),
         "evaluate_critic": lambda: util.evaluate_critic(critic, crew.tokenizer, ROWS, cfg),
         "the reward model": rewards,
     }
 
 
-CASES = [("score_scale", TIGHT), ("evaluate", TIGHT), ("look", TIGHT)]
+CASES = [("score_scale", TIGHT), ("evaluate", TIGHT), ("samples", TIGHT)]
 CASES += [(name, TIGHT[:1]) for name in ("validation_loss", "evaluate_critic", "the reward model")]
 
 
@@ -347,7 +344,7 @@ def test_out_of_memory_without_gradients_halves_the_rows_and_changes_nothing(
     capsys.readouterr()
     tight(monkeypatch)
     found = work()
-    assert "memory ran out: going on with" in capsys.readouterr().out
+    assert "memory ran out: continuing with" in capsys.readouterr().out
     alike(found, expected)
 
 
@@ -472,13 +469,13 @@ def test_errors_of_the_machine_are_sentences_and_others_are_left_alone():
 def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
     said = []
     cfg = util.Config("smoke", max_prompt=6, max_new_tokens=4)
-    util.warn_about_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
+    checks.warn_about_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
     prompts = [len(tokenizer(row["prompt"])["input_ids"]) > 6 for row in [*ROWS, ROWS[0]]]
     assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "front" in said[0]
     assert "max_new_tokens" in said[1] and "end" in said[1]
     assert said[2].startswith("1 of 9 rows are copies")
     roomy = util.Config("smoke", max_prompt=500, max_new_tokens=500)
-    util.warn_about_texts(said.append, tokenizer, ROWS, ["response"], roomy)
+    checks.warn_about_texts(said.append, tokenizer, ROWS, ["response"], roomy)
     assert len(said) == 3, "nothing to say, nothing said"
 
 

@@ -493,15 +493,15 @@ def test_an_answer_stops_at_every_end_that_model_tokenizer_or_template_know(fami
                          (tokenizer.convert_tokens_to_ids(end), True)):  # fmt: skip
         deaf = always(language_model(tokenizer), token)
         deaf.generation_config.eos_token_id = model.generation_config.eos_token_id
-        ids, mask, _ = util.sample(deaf, tokenizer, *prompt, cfg, None, temperature=0)
+        ids, mask, _ = util.generate(deaf, *prompt, **util.sampling(cfg, deaf, tokenizer, 0))
         assert (ids.shape[1] == 1) == stops
         rows = [{"prompt": asked("x")}]
         crew = util.Crew(tokenizer, deaf, deaf, None)
         (told,) = util.evaluate(crew, rows, cfg, None, temperature=0)
         assert told["eos"] == stops and told["response"] == ("" if token != word else "t" * 6)
         crew = util.Crew(tokenizer, deaf, deaf, lambda prompts, responses: [0.0] * len(prompts))
-        luck = torch.Generator().manual_seed(0)
-        rollout = util.collect(crew, [asked("x")], cfg, kl_coef=0.0, generator=luck)
+        rng = torch.Generator().manual_seed(0)
+        rollout = util.make_rollout(crew, [asked("x")], cfg.changed(kl_coef=0.0), rng)
         assert rollout.ended.tolist() == [stops]
 
 
