@@ -4,7 +4,9 @@ import ast
 import inspect
 import re
 import time
+from contextlib import contextmanager
 from dataclasses import fields
+from unittest import mock
 
 import pandas as pd
 from IPython import get_ipython
@@ -14,7 +16,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from tqdm import tqdm
 
-from lab import memory, report
+from lab import CourseError, memory, report
 from lab.data import repeated
 from lab.runs import artifact, read_record, versions
 from lab.world import judge, knows
@@ -167,3 +169,15 @@ def samples(root):
     if "kl" in table:  # rounding alone is not worth reading, nor is -0
         table["kl"] = table["kl"].round(3) + 0.0
     return table
+
+
+@contextmanager
+def break_it(module, **broken):
+    """Replaces functions of a module inside the block, and prints the check that notices it."""
+    try:
+        with mock.patch.multiple(module, **broken):
+            yield
+    except (AssertionError, CourseError) as error:
+        print(f"Caught: {error}")
+    else:
+        print("Not noticed with this model and these rows.")
