@@ -1,4 +1,4 @@
-"""The whole course for several seeds: what each stage is worth, and how much that varies between seeds.
+"""The whole course for several seeds: what each stage is worth, and how much seeds differ.
 
     python bench/seeds.py --seeds 0 1 2 --out seeds.json
 
