@@ -970,7 +970,7 @@ def rlhf_loop(crew, cfg, stage, minibatch_loss):
     for step in stage.steps(cfg.steps, optimiser):
         start, kl_coef = time.perf_counter(), optimiser.state["kl_coef"]
         if step % cfg.sample_every == 0:
-            stage.samples(sample_answers(crew, prompts[:8], cfg, step))
+            record_samples(crew, prompts[:8], cfg, stage, step)
 
         # 1. Rollout: sample answers; score them; log-probs of the reference; values
         batch = prompt_batch(cfg, prompts, step)  # every prompt cfg.answers times in a row
@@ -1003,7 +1003,7 @@ def rlhf_loop(crew, cfg, stage, minibatch_loss):
             metrics["explained_variance"] = explained.item()
         metrics |= {"seconds_update": end - middle, "seconds": end - start}
         if step + 1 == cfg.steps:
-            stage.samples(sample_answers(crew, prompts[:8], cfg, cfg.steps))
+            record_samples(crew, prompts[:8], cfg, stage, cfg.steps)
         optimiser.state["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg)
         yield metrics
         before, raised = raised, checks.alerts(metrics, cfg.kl_limit)
@@ -1029,15 +1029,38 @@ def rlhf_optimiser(crew, cfg, say=print):
     return optimiser
 
 
+def record_samples(crew, prompts, cfg, stage, step):
+    """Keeps answers to the same few prompts after `step` steps, and values along fixed texts."""
+    stage.samples(sample_answers(crew, prompts, cfg, step))
+    if crew.value_model is not None:
+        stage.append("values.jsonl", value_curves(crew, prompts, cfg, step))
+
+
 def sample_answers(crew, prompts, cfg, step):
-    """Answers to the same few prompts, greedy and sampled with the same random numbers every time,
-    so that you can compare them between steps. `step` counts the steps taken so far."""
+    """The policy's answers, greedy and sampled with the same random numbers at every step, so that
+    you can compare steps."""
     rows = [{"prompt": prompt} for prompt in prompts]
     for temperature in (0.0, cfg.temperature):
         rng = rng_for(cfg, "samples")
         for answer in evaluate(crew, rows, cfg, rng, temperature=temperature):
             kept = {name: answer[name] for name in ("prompt", "response", "reward", "kl")}
             yield {"step": step, "temperature": temperature} | kept
+
+
+def value_curves(crew, prompts, cfg, step):
+    """What the value model expects before each token of the reference's greedy answers. The
+    reference never changes, so the texts are the same at every step."""
+    values_of = partial(answer_values, crew.value_model)
+    with crew.as_reference() as model:
+        parts = generate_answers(
+            model, crew.tokenizer, prompts, cfg, rng_for(cfg, "values"), temperature=0,
+            then=lambda *tokens: (*tokens[2:], values_of(*tokens)),
+        )  # fmt: skip
+        rows = [row for part in parts for row in zip(*part)]
+    for prompt, (ids, mask, values) in zip(prompts, rows):
+        tokens = [crew.tokenizer.decode(token) for token in ids[mask]]
+        values = [round(value, 4) for value in values[mask].tolist()]
+        yield {"step": step, "prompt": prompt, "tokens": tokens, "values": values}
 
 
 def train_rlhf(cfg, reward=None, algorithm=None):
@@ -1153,10 +1176,10 @@ def dpo_loop(crew, cfg, stage):
     for step in stage.steps(len(plan), optimiser):
         start = time.perf_counter()
         if step == 0:
-            stage.samples(sample_answers(crew, prompts, cfg, 0))
+            record_samples(crew, prompts, cfg, stage, 0)
         metrics = {"step": step + 1, "steps": len(plan)} | optimiser.step(plan[step], loss_of, step)
         if step + 1 == len(plan):
-            stage.samples(sample_answers(crew, prompts, cfg, len(plan)))
+            record_samples(crew, prompts, cfg, stage, len(plan))
         yield timed(metrics, start, rows=len(plan[step]))
 
 

@@ -132,7 +132,9 @@ def ours_online(turns, shape, case, precision="float32"):
 
     util.make_rollout, util.load_rows = rollout_lap, lambda *_, **__: rows
     nothing = lambda *_, **__: None  # noqa: E731
-    stage = SimpleNamespace(past=[], say=print, steps=steps, samples=nothing, alert=nothing)
+    stage = SimpleNamespace(
+        past=[], say=print, steps=steps, samples=nothing, append=nothing, alert=nothing
+    )
     for _ in util.rlhf_loop(crew, cfg, stage, util.LOSSES[case]):
         pass
 

@@ -120,6 +120,7 @@ def run_loop(crew, cfg, prompts, say=print):
         say=say,
         steps=lambda total, optimiser: range(total),
         samples=lambda rows: None,
+        append=lambda name, rows: None,
         alert=lambda *alerts, **how: None,
     )
     rows = [{"prompt": prompt} for prompt in prompts]

@@ -686,7 +686,7 @@ def test_dpo_on_real_pairs_starts_at_ln_2(crew, monkeypatch):
             return {}
 
     monkeypatch.setattr(util, "Optimiser", Looks)
-    steps = {"steps": lambda count, optimiser: range(count), "samples": list}
+    steps = {"steps": lambda count, optimiser: range(count), "samples": list, "append": print}
     cfg = small("dpo", dpo_batch=4, eval_batch=3)
     list(util.dpo_loop(crew, cfg, SimpleNamespace(say=print, **steps)))
     for (loss, weight, stats), count in zip(seen[0], (4, 1)):

@@ -92,7 +92,7 @@ def loss_of_pairs(crew, cfg, monkeypatch):
             taken.append((rows, loss_of))
             return {}
 
-    steps = {"steps": lambda count, optimiser: range(count), "samples": list}
+    steps = {"steps": lambda count, optimiser: range(count), "samples": list, "append": print}
     stage = SimpleNamespace(say=print, **steps)
     with monkeypatch.context() as patch:
         patch.setattr(util, "Optimiser", Takes)
