@@ -1,9 +1,10 @@
 """Every algorithm on the embedded world, for several seeds of the whole course.
 
-    python bench/algorithms.py --seeds 0 1 2 --out algorithms.json
+    python bench/algorithms.py --seeds 0 1 2 --out docs/algorithms.json
 
-Each seed trains base, actor and reward models once, in a folder of its own; then every contender
-starts from there, and the judge scores its answers to the eval rows, at temperature 1.
+Each seed trains base, actor and reward models once, in a folder of its own. Every contender starts
+from there. The judge scores its answers to the eval rows, sampled at temperature 1 and greedy.
+`python -m lab.record` turns the JSON file into the tables of README.md and docs/algorithms.md.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from lab import report, world  # noqa: E402
 
 CONTENDERS = {
     "ppo": {},
+    "ppo, values from the actor": {"value_init": "actor"},
     "grpo": {"algorithm": "grpo"},
     "grpo, k3 in the loss": {"algorithm": "grpo", "kl_in": "loss", "kl_estimator": "k3"},
     "rloo": {"algorithm": "rloo"},
@@ -43,22 +45,39 @@ def drain(steps):
     return time.perf_counter() - start
 
 
-def answers(cfg, name, rows):
-    """The judged answers of a finished model; the reward is the first reward model alone."""
+def crew_of(cfg, name):
+    """A finished model to evaluate; its reward is the first reward model alone."""
     tokenizer, model = util.load_pair(cfg, name)
     _, reference = util.load_pair(cfg, "actor")
     reward = util.RewardModel(util.artifact(cfg.root, "critic"), cfg)
-    crew = util.Crew(tokenizer, model, reference, reward)
-    return report.summarise(util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test")))
+    return util.Crew(tokenizer, model, reference, reward)
+
+
+def judged(cfg, name, rows):
+    """The summary of a finished model's answers, sampled and greedy."""
+    crew = crew_of(cfg, name)
+    sampled, greedy = (
+        util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test"), temperature=temperature)
+        for temperature in (None, 0)
+    )
+    return report.summarise(sampled, greedy)
+
+
+def critic_accuracy(cfg, rows):
+    folder = util.artifact(cfg.root, "critic")
+    critic, tokenizer = util.load_scorer(folder, cfg), util.load_tokenizer(folder, cfg)
+    pairs = pd.DataFrame(util.evaluate_critic(critic, tokenizer, rows, cfg))
+    return report.critic_summary(pairs)["accuracy"]
 
 
 def line(seed, name, summary, seconds):
-    judge = summary["judge"]
+    judge, greedy = summary["judge"], summary["judge_greedy"]
     kinds = {kind: round(mean, 2) for kind, mean in judge["kinds"].items()}
+    greedy = f"{greedy['mean']:.3f}" if greedy else "    -"
     return (
         f"seed {seed}  {name:30} judge {judge['mean']:.3f} ({judge['low']:.3f} to "
-        f"{judge['high']:.3f})  KL {summary['kl']:5.2f}  reward {summary['reward']:.2f}  "
-        f"{seconds:4.0f} s  {kinds}"
+        f"{judge['high']:.3f})  greedy {greedy}  KL {summary['kl']:5.2f}  "
+        f"reward {summary['reward']:.2f}  {seconds:4.0f} s  {kinds}"
     )
 
 
@@ -77,12 +96,17 @@ def one_seed(seed, folder, rows, contenders):
             took = drain(util.train_critic(cfg(ensemble=ensemble)))
             print(f"seed {seed}  {ensemble} reward model(s): {took:.0f} s", flush=True)
             if ensemble == 1:
-                yield "actor", answers(cfg(), "actor", rows), 0.0
+                print(f"seed {seed}  critic: {critic_accuracy(cfg(), rows):.3f} of the pairs")
+                for stage in ("base", "actor"):
+                    yield stage, judged(cfg(), stage, rows), 0.0
+                rng = util.rng_for(cfg(), "best")
+                best = util.best_of(crew_of(cfg(), "actor"), rows, cfg(), rng)
+                yield f"best of {cfg().best_of}", report.summarise(best), 0.0
         for name in group:
             shutil.rmtree(folder / "model" / "rlhf", ignore_errors=True)
             values = cfg(**CONTENDERS[name])
             took = drain(util.train_rlhf(values))
-            yield name, answers(values, "rlhf", rows), took
+            yield name, judged(values, "rlhf", rows), took
 
 
 def main():
@@ -100,10 +124,13 @@ def main():
             for name, summary, seconds in one_seed(seed, Path(folder), rows, args.only):
                 print(line(seed, name, summary, seconds), flush=True)
                 figures = {"judge": summary["judge"]["mean"], "KL": summary["kl"]}
+                figures |= {"kinds": summary["judge"]["kinds"]}
+                if greedy := summary["judge_greedy"]:
+                    figures |= {"greedy": greedy["mean"], "greedy kinds": greedy["kinds"]}
                 runs.append({"seed": seed, "name": name, **figures, "seconds": seconds})
                 if args.out:
                     args.out.write_text(json.dumps(runs, indent=1) + "\n")
-    table = pd.DataFrame(runs).groupby("name", sort=False)[["judge", "KL", "seconds"]]
+    table = pd.DataFrame(runs).groupby("name", sort=False)[["judge", "greedy", "KL", "seconds"]]
     print(table.agg(["mean", "min", "max"]).round(3).to_string())
 
 

@@ -181,3 +181,17 @@ def break_it(module, **broken):
         print(f"Caught: {error}")
     else:
         print("Not noticed with this model and these rows.")
+
+
+def values(root):
+    """Tokens of one answer, and {when: values along it} before and after training: the answer of
+    values.jsonl whose values changed most. None where no value model was trained."""
+    path = artifact(root, "rlhf") / "values.jsonl"
+    if not path.exists():
+        return None
+    table = pd.read_json(path, lines=True)
+    first, last = (table[table["step"] == step] for step in (0, table["step"].max()))
+    lines = list(zip(first["tokens"], first["values"], last["values"]))
+    moved = [sum(abs(a - b) for a, b in zip(old, new)) / len(old) for _, old, new in lines]
+    tokens, old, new = lines[moved.index(max(moved))]
+    return tokens, {"before training": old, "after training": new}

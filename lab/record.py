@@ -1,21 +1,39 @@
-"""python -m lab.record: the notebooks of the last headless run become the committed ones.
+"""python -m lab.record: the last headless run becomes what the repository shows.
 
-Outputs stay; what belongs to one run only (papermill's notes, injected parameters) goes.
+The notebooks of the run, with their outputs, become the committed ones. The tables and pictures of
+README.md, README.zh-CN.md and docs/ are written anew from model/report and docs/algorithms.json.
 """
 
+import json
 import sys
 from pathlib import Path
+from statistics import mean
 
 import nbformat
 
-from lab.runs import NOTEBOOKS
+from lab import CourseError, drawing, report
+from lab.runs import NOTEBOOKS, read_record
 
 HOME = Path(__file__).resolve().parent.parent
 KEPT = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+WORDS = {  # of README.zh-CN.md
+    "model": "模型",
+    "its most likely answer": "最可能的回答",
+    "judge": "裁判",
+    "judge, sampled": "裁判(采样)",
+    "judge, greedy": "裁判(贪心)",
+    "questions": "问题数",
+    "reward": "奖励",
+    "KL (nats)": "KL(nat)",
+    "length (tokens)": "长度(token)",
+    "ended": "正常结束",
+    "seconds": "秒",
+    "seeds": "种子",
+}
 
 
 def cleaned(book):
-    """The notebook without the traces of its run."""
+    """The notebook without the traces of its run: papermill's notes and injected parameters."""
     cells = []
     for cell in book.cells:
         tags = cell.metadata.get("tags", [])
@@ -39,11 +57,97 @@ def cleaned(book):
     return book
 
 
+# --------------------------------------------------------------------------------------------------
+# Text between markers
+
+
+def fill(path, name, text):
+    """Puts text between `<!-- name -->` and `<!-- /name -->`; a page without them stays as it is."""
+    page = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin in page:
+        before, _, rest = page.partition(begin)
+        if end not in rest:
+            raise CourseError(f"{path.name} has {begin.strip()} and no {end}: add it behind it.")
+        page = before + begin + text + rest[rest.index(end) :]
+        path.write_text(page, encoding="utf-8")
+
+
+def table(columns, rows, words):
+    lines = [columns, ["---"] * len(columns), *rows]
+    lines[0] = [words.get(column, column) for column in columns]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def answers(rows, words):
+    """The first question about feelings, and each model's greedy answer to it."""
+    greedy = [row for row in rows if row["temperature"] == 0 and row["kind"] == "feelings"]
+    prompt = greedy[0]["prompt"]
+    question = prompt.removeprefix("Human: ").removesuffix(" Assistant:")
+    found = [row for row in greedy if row["prompt"] == prompt]
+    cells = [(row["model"], row["response"] or "…", f"{row['judge']:.2f}") for row in found]
+    return f"> {question}\n\n" + table(["model", "its most likely answer", "judge"], cells, words)
+
+
+def result(summary, accuracy, words):
+    """The table of 4_test."""
+    frame = report.result_table(summary)
+    rows = [[name, *row] for name, row in zip(frame.index, frame.to_numpy().tolist())]
+    rows = [["-" if cell == "" or cell != cell else cell for cell in row] for row in rows]
+    return table(["model", *frame.columns], rows, words) + accuracy
+
+
+def algorithms(runs, words, chosen=None):
+    """The judge's score of every algorithm over its seeds."""
+    rows = []
+    for name in dict.fromkeys(run["name"] for run in runs):
+        own = [run for run in runs if run["name"] == name and (chosen is None or name in chosen)]
+        if own:
+            sampled = ", ".join(f"{run['judge']:.3f}" for run in own)
+            greedy = ", ".join(f"{run['greedy']:.3f}" for run in own if "greedy" in run) or "-"
+            spent = mean(run["seconds"] for run in own)
+            seconds = f"{spent:.0f}" if spent else "-"
+            rows.append([name, sampled, greedy, f"{mean(run['KL'] for run in own):.2f}", seconds])
+    return table(["", "judge, sampled", "judge, greedy", "KL (nats)", "seconds"], rows, words)
+
+
+def pages(root):
+    """Writes the tables and pictures of README.md, README.zh-CN.md and docs/."""
+    folder, docs = Path(root) / "model" / "report", HOME / "docs"
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = found["models"] | {f"best of {found['best_of']['n']}": found["best_of"]}
+    right, minutes = found["critic"]["accuracy"], sum(found["seconds"].values()) / 60
+    peak = max(read_record(root, stage)["peak_memory_mb"] for stage in found["seconds"]) / 1000
+    said = {
+        "README.md": f"\nThe reward model prefers the better answer in {right:.0%} of the held-out "
+        f"pairs. Training took {minutes:.1f} minutes and {peak:.1f} GB on two cores without a "
+        "GPU. The same seed on the same machine gives the same numbers.\n",
+        "README.zh-CN.md": f"\n奖励模型在 {right:.0%} 的留出偏好对上选择了更好的回答。"
+        f"训练在两个 CPU 核上用时 {minutes:.1f} 分钟,内存 {peak:.1f} GB。"
+        "同一台机器上相同的种子得到相同的数字。\n",
+    }
+    runs = docs / "algorithms.json"
+    runs = json.loads(runs.read_text(encoding="utf-8")) if runs.exists() else []
+    main = ("actor", "ppo", "grpo", "rloo", "dpo", f"best of {found['best_of']['n']}")
+    for name, text in said.items():
+        words = WORDS if "zh" in name else {}
+        fill(HOME / name, "answers", answers([json.loads(line) for line in lines], words))
+        fill(HOME / name, "result", result(summary, text, words))
+        fill(HOME / name, "algorithms", algorithms(runs, words, main))
+    fill(docs / "algorithms.md", "algorithms", algorithms(runs, {}))
+    (docs / "judged.svg").write_text(report.svg(report.headline(found["models"])), encoding="utf-8")
+    (docs / "four_models.svg").write_text(drawing.four_models(), encoding="utf-8")
+    (docs / "course.svg").write_text(drawing.course(), encoding="utf-8")
+
+
 def main(root=HOME):
     for name in NOTEBOOKS.values():
         book = nbformat.read(Path(root) / "model" / "notebooks" / name, as_version=4)
         nbformat.write(cleaned(book), HOME / name)
         print("recorded", name)
+    pages(root)
+    print("recorded README.md, README.zh-CN.md and docs/")
 
 
 if __name__ == "__main__":
