@@ -62,7 +62,7 @@ def cleaned(book):
 
 
 def fill(path, name, text):
-    """Puts text between `<!-- name -->` and `<!-- /name -->`; a page without them stays as it is."""
+    """Puts text between `<!-- name -->` and `<!-- /name -->`, if the page has these markers."""
     page = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if begin in page:

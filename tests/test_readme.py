@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What README and docs/ show works as it stands there."""
 
 import json
 import re
@@ -9,7 +9,9 @@ import pytest
 
 import util
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 SMALL = dict(
     device="cpu", steps=2, rollout=6, minibatch=3, sft_share=0.2, preference_share=0.3,
     prompt_share=0.1, validation_rows=8, critic_batch=24, pretrain_steps=3, pretrain_documents=400,
@@ -18,7 +20,7 @@ SMALL = dict(
 
 def block(begins):
     """The Python block that holds this text."""
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if begins in code]
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if begins in code]
     return code
 
 
