@@ -84,3 +84,22 @@ def test_a_reward_without_a_model_needs_no_critic(here):
     shutil.rmtree(here / "model" / "critic")
     assert len(train(here, algorithm="rloo", rollout=6, answers=3, reward="sentence")) == 2
     assert len(train(here, value_init="actor", reward="sentence", resume=False)) == 2
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", *PAGES[1:]],
+    ids=lambda page: Path(page).name,
+)
+def test_links_lead_to_files(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    lost = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not lost
+
+
+def test_the_readme_in_chinese_has_the_same_parts():
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")]
+    for pattern in (r"^#+ ", r"<!-- /?\w+ -->", r"\]\(([^)]+)\)", r"^\| `"):
+        one, other = (re.findall(pattern, page, re.M) for page in pages)
+        assert one and one == other, pattern
