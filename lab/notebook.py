@@ -6,14 +6,13 @@ import re
 import time
 from contextlib import contextmanager
 from dataclasses import fields
+from html import unescape
 from unittest import mock
 
 import pandas as pd
 from IPython import get_ipython
-from IPython.display import HTML, display
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from IPython.display import display
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lab import CourseError, memory, report
@@ -31,6 +30,8 @@ def hello(device):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     get_ipython().run_line_magic("matplotlib", "inline")
+    words = get_ipython().display_formatter.formatters["text/plain"]
+    words.for_type(Figure, lambda figure, p, _: p.text(figure.get_label() or repr(figure)))
     print(f"Running on {device},", ", ".join(f"{k} {v}" for k, v in versions().items()))
 
 
@@ -62,25 +63,61 @@ def explain(cfg, stage):
         for f in fields(cfg)
         if {stage, "all"} & set(f.metadata["stages"])
     ]
-    summary = f"<summary>All {len(rows)} parameters of this notebook (click)</summary>"
-    display(HTML(f"<details>{summary}{as_html(pd.DataFrame(rows))}</details>"))
+    title = f"All {len(rows)} parameters of this notebook (click)"
+    summary, table = f"<summary>{title}</summary>", pd.DataFrame(rows)
+    bundle(
+        title + "\n" + as_text(table),
+        **{
+            "text/html": f"<details>{summary}{report.table_html(table)}</details>",
+            "text/markdown": f"<details>{summary}\n\n{as_markdown(table)}\n\n</details>",
+        },
+    )
 
 
-def source(function):
-    """The source of a function as it stands in util.py now."""
-    mono = "font-family:monospace;font-size:13px;line-height:1.4;margin:0"
-    style = HtmlFormatter(noclasses=True, prestyles=mono)
-    display(HTML(highlight(inspect.getsource(function), PythonLexer(), style)))
+def source(*functions):
+    """The source of functions or classes as it stands in util.py now.
+
+    It is a markdown code block, so that Jupyter, Colab and code hosts colour it in their own theme.
+    """
+    code = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    bundle(code, **{"text/markdown": f"{fence}python\n{code}\n{fence}"})
 
 
 def show(table):
     """A table without row numbers; what a model wrote is escaped."""
-    display(HTML(as_html(pd.DataFrame(table))))
+    html = report.table_html(table)
+    bundle(as_text(table), **{"text/html": html, "text/markdown": as_markdown(table)})
 
 
-def as_html(table):
-    text = table.to_html(index=False, escape=True, border=0, float_format="{:.3g}".format)
-    return re.sub(r"<(t[dh])( style=\"[^\"]*\")?>", r'<\1 style="text-align:left">', text)
+def draw(svg):
+    """A drawing of lab/drawing.py; its title and description are there as text."""
+    told = re.findall(r"<(?:title|desc)>(.*?)</(?:title|desc)>", svg, re.DOTALL)
+    bundle("\n".join(map(unescape, told)), **{"image/svg+xml": svg})
+
+
+def bundle(text, **forms):
+    """Shows the same thing in several forms; the host picks the first one that it can show."""
+    display(forms | {"text/plain": text}, raw=True)
+
+
+def as_text(table):
+    return report.frame(table).map(report.cell).to_string(index=False)
+
+
+def as_markdown(table):
+    """A markdown table, for code hosts that drop HTML. What a model wrote stays text."""
+    table = report.frame(table).map(report.cell)
+    rows = [list(table), *table.values.tolist()]
+    lines = [" | ".join(map(markdown_text, row)) for row in rows]
+    lines.insert(1, " | ".join(["---"] * table.shape[1]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def markdown_text(value):
+    """Text that markdown shows as it is, in one line."""
+    text = re.sub(r"([\\`*_\[\]|$~])", r"\\\1", " ".join(str(value).split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def watch(steps, panels, what):
@@ -118,12 +155,26 @@ def first_of_kind(rows, kind):
     return next((row for row in rows if row.get("kind") == kind), rows[0])
 
 
-def examples(rows):
-    """The first row of each kind."""
-    table = pd.DataFrame(rows)
-    fields = ["kind", "prompt", "chosen", "rejected", "response"]
-    table = table.assign(kind=table.get("kind", "all")).groupby("kind").head(1)
-    return table.sort_values("kind")[[name for name in fields if name in table]]
+def examples(rows, most=1000):
+    """Rows that show what the data is like, as a table: of each kind the first row whose response
+    the judge finds right and the first whose response it finds wrong; without a judge the first row
+    of the kind. Looks at the first `most` rows.
+    """
+    found = {}
+    for row in rows[:most]:
+        score = judge(row, row["response"]) if "response" in row and knows(row) else None
+        of_kind = found.setdefault(row.get("kind", "all"), {})
+        row = row | {"kind": row.get("kind", "all"), "judge's score": score}
+        of_kind.setdefault("first", row)
+        if score is not None and (score > 0.99 or score < 0.01):
+            of_kind.setdefault("right" if score > 0.5 else "wrong", row)
+    shown = []
+    for _, of_kind in sorted(found.items()):
+        judged = [of_kind[verdict] for verdict in ("right", "wrong") if verdict in of_kind]
+        shown += judged or [of_kind["first"]]
+    table = pd.DataFrame(shown)
+    names = ["kind", "prompt", "chosen", "rejected", "response", "judge's score"]
+    return table[[name for name in names if name in table and table[name].notna().any()]]
 
 
 def composition(train, evals):
@@ -163,14 +214,6 @@ def files(root, stage):
         print(f"{len(spent)} steps: {', '.join(told)}")
 
 
-def samples(root):
-    """What the policy said on its way, from samples.jsonl."""
-    table = pd.read_json(artifact(root, "rlhf") / "samples.jsonl", lines=True)
-    if "kl" in table:  # rounding alone is not worth reading, nor is -0
-        table["kl"] = table["kl"].round(3) + 0.0
-    return table
-
-
 @contextmanager
 def break_it(module, **broken):
     """Replaces functions of a module inside the block, and prints the check that notices it."""
@@ -195,3 +238,34 @@ def values(root):
     moved = [sum(abs(a - b) for a, b in zip(old, new)) / len(old) for _, old, new in lines]
     tokens, old, new = lines[moved.index(max(moved))]
     return tokens, {"before training": old, "after training": new}
+
+
+def samples(root, temperature):
+    """Answers to the same prompts before and after the training, one row per prompt.
+
+    They come from the first and the last step of samples.jsonl. `temperature` is 0 for greedy
+    answers or cfg.temperature for sampled ones.
+    """
+    path = artifact(root, "rlhf") / "samples.jsonl"
+    table = pd.read_json(path, lines=True, convert_dates=False, dtype=False)
+    if not {"step", "temperature"} <= set(table):
+        raise CourseError(f"{path} comes from an older version. Run 3_rlhf.ipynb again.")
+    at = table[(table["temperature"] - temperature).abs() < 1e-9]
+    if at["step"].nunique() < 2:
+        raise CourseError(
+            f"{path} does not hold answers at temperature {temperature} from before and after the "
+            f"training. It has temperatures {sorted(table['temperature'].unique().tolist())} and "
+            f"steps {sorted(table['step'].unique().tolist())}. Use one of these temperatures, or "
+            "run 3_rlhf.ipynb to its end."
+        )
+    at = at.drop_duplicates(["step", "prompt"], keep="last").set_index("prompt")  # after a resume
+    first, last = (at[at["step"] == at["step"].agg(end)] for end in ("min", "max"))
+    shown = pd.DataFrame({"before": first["response"], "after": last["response"]})
+    for name, column in (
+        ("reward before", first.get("reward")),
+        ("reward after", last.get("reward")),
+        ("KL after", last.get("kl")),
+    ):
+        if column is not None and column.notna().any():
+            shown[name] = column.astype(float).round(3) + 0.0  # rounding alone is not worth reading
+    return shown.loc[first.index].reset_index()

@@ -1,60 +1,143 @@
-"""Figures and the report: what was measured, so that it can be read at a glance."""
+"""Figures, tables and the report: what was measured, in a form that you can read at a glance.
+
+Figures have a transparent background and grey text, so that they are legible on light and on dark
+pages. They are at most 7.4 inches (740 pixels) wide, so that a narrow window does not shrink them
+much. The label of a figure describes it in words: the report and the notebooks use it as its text.
+"""
 
 import base64
 import html
 import io
 import json
+import math
+from textwrap import fill
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import Normal, withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"  # Okabe-Ito
-COLOURS = {"base": GREY, "actor": BLUE, "rlhf": ORANGE}
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#008A66"  # Okabe-Ito, the green a little darker
+INK, PALE, DARK = "#7C7C7C", "#F4F4F4", "#1A1A1A"
+COLOURS = {"base": "#6E6E6E", "actor": BLUE, "rlhf": ORANGE}
+TINTS = {"#6E6E6E": "#CDCDCD", BLUE: "#9CCBE6", ORANGE: "#F5B98F", GREEN: "#8FD6BF"}
+HALO = [withStroke(linewidth=3, foreground="white"), Normal()]  # dark lines on dark pages
+WIDTH = 7.4
 STYLE = {
+    "figure.facecolor": "none",
+    "figure.dpi": 100,
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
     "axes.titlesize": 11,
-    "figure.dpi": 100,
+    "axes.titleweight": "bold",
+    "text.color": INK,
+    "legend.frameon": False,
+    "font.size": 10,
+    "svg.hashsalt": "course",
 }
 
 
-def canvas(columns=1, rows=1, width=4.0, height=3.0):
-    """An empty figure in the house's style, and its axes as a flat list."""
+def canvas(columns=1, rows=1, width=WIDTH, height=2.2):
+    """An empty figure of `width` inches with rows of `height` inches, and a flat list of axes."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        axes = [dressed(ax) for ax in figure.subplots(rows, columns, squeeze=False).flatten()]
     return figure, axes
 
 
+def dressed(ax):
+    """Axes whose ticks and grid have the style as well: matplotlib makes them when it draws."""
+    ax.tick_params(which="both", color=INK, labelcolor=INK, grid_color=INK, grid_alpha=0.25)
+    ax.grid(True)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def plain(text, limit=40):
+    """Text as a plot may show it: dollars are not mathematics, line ends are visible."""
+    text = text.replace("\n", "\\n").strip() or "(space)"
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return text.replace("$", r"\$")
+
+
 # --------------------------------------------------------------------------------------------------
-# Figures
+# Curves
 
 
-def curves(history, panels, x="step", columns=3):
-    """A panel for each `column: (title, unit)`: thin as measured, thick as a moving average."""
-    figure, axes = canvas(min(columns, len(panels)), -(-len(panels) // columns), height=2.6)
-    for ax, (column, (title, unit)) in zip(axes, panels.items()):
-        line = (
-            history.dropna(subset=column)
-            if column in history
-            else history.assign(**{column: np.nan})
-        )
-        smooth = line[column].rolling(max(1, len(line) // 20), min_periods=1).mean()
-        ax.plot(line[x], line[column], color=BLUE, alpha=0.3, linewidth=1)
-        ax.plot(line[x], smooth, color=BLUE, linewidth=2, marker="o" if len(line) < 12 else None)
-        ax.set(title=title, xlabel=x, ylabel=unit)
+@matplotlib.rc_context(STYLE)
+def curves(history, panels, x="step", columns=2):
+    """A panel for each `column: (title, unit)`; `(title, unit, "log")` has a logarithmic axis.
+
+    The thin line is what was measured at each step. A noisy column also has a thick line: the
+    median of the steps around each step. It looks as far ahead as back, so it does not lag.
+    """
+    if not panels:
+        return canvas(1)[0]
+    columns = min(columns, len(panels))
+    figure, axes = canvas(columns, -(-len(panels) // columns), height=2.1)
+    for ax, (column, (title, unit, *scale)) in zip(axes, panels.items()):
+        empty = pd.Series(dtype=float)
+        line = history[[x, column]].dropna() if column in history else {x: empty, column: empty}
+        steps, values = np.asarray(line[x], float), np.asarray(line[column], float)
+        if noisy(values):
+            window = max(5, len(values) // 20)
+            ax.plot(steps, values, color=BLUE, alpha=0.4, linewidth=0.8, label="each step")
+            label = "median of the steps around it"
+            ax.plot(steps, centred_median(values, window), color=BLUE, linewidth=2, label=label)
+        else:
+            ax.plot(steps, values, color=BLUE, marker="o" if len(values) < 12 else None)
+        if "log" in scale and len(values) and values.min() > 0:
+            log_axis(ax, values)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.set(title=title, xlabel=x, ylabel=fill(unit, 22))
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
+    explained = [ax.get_legend_handles_labels() for ax in axes]
+    if any(labels for _, labels in explained):
+        handles, labels = next(pair for pair in explained if pair[1])
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    titles = [title for title, *_ in panels.values()]
+    figure.set_label(f"Curves over the {x}s: {', '.join(titles)}.")
     return figure
 
 
+def noisy(values):
+    """Whether a curve goes up and down so often that a reader needs its median as well."""
+    moves = np.diff(values)
+    moves = np.sign(moves[moves != 0])
+    return len(values) >= 40 and len(moves) > 1 and bool((moves[1:] != moves[:-1]).mean() > 0.25)
+
+
+def centred_median(values, window):
+    """The median over `window` values around each one. The window shrinks towards both ends; the
+    last few values, which have next to no neighbours, get none."""
+    half, n, out = window // 2, len(values), np.full(len(values), np.nan)
+    for i in range(n):
+        reach = min(half, i, n - 1 - i)
+        if reach >= half / 3:
+            out[i] = np.median(values[i - reach : i + reach + 1])
+    return out
+
+
+def log_axis(ax, values):
+    """A logarithmic y-axis with ticks at round numbers, also if the values are close together."""
+    ratio = values.max() / values.min()
+    ax.set_yscale("log")
+    subs = (1,) if ratio > 500 else (1, 2, 5)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs) if ratio > 8 else MaxNLocator(5))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 LEARNING = {  # column: (title, unit), what to watch while an algorithm learns
-    "reward": ("Reward", "spreads above the actor"),
+    "reward": ("Reward", "standard deviations above the actor"),
     "kl": ("KL to the actor", "nats per answer"),
     "length": ("Length", "tokens"),
     "entropy": ("Entropy", "nats per token"),
@@ -65,7 +148,7 @@ PANELS = {
     "grpo": LEARNING | {"zero_deviation": ("Groups that teach nothing", "share")},
     "rloo": LEARNING | {"zero_deviation": ("Groups that teach nothing", "share")},
     "dpo": {
-        "loss": ("Loss", "nats per pair"),
+        "loss": ("Loss", "nats per pair", "log"),
         "accuracy": ("Chosen likelier than before", "share of pairs"),
         "margin": ("Chosen minus rejected", "implicit reward"),
         "chosen_logprob": ("Chosen answers", "log-prob, nats"),
@@ -76,110 +159,406 @@ PANELS = {
 
 
 def panels(algorithm):
-    """The curves for an algorithm; one of somebody's own shows what all of them have."""
+    """The curves for an algorithm; your own algorithm shows the curves that all have."""
     return PANELS.get(algorithm, LEARNING)
 
 
-def token_strip(tokens, rows):
-    """The tokens of one answer over rows of numbers: orange above zero, blue below."""
-    width, values = max(8, 0.75 * len(tokens)), np.array(list(rows.values()), dtype=float)
-    figure, (ax,) = canvas(width=width, height=0.5 * len(rows) + 0.9)
-    colours = LinearSegmentedColormap.from_list("below, above", [BLUE, "white", ORANGE])
-    scale = np.abs(values).max(axis=1, keepdims=True) + 1e-9
-    ax.imshow(values / scale, cmap=colours, vmin=-1.6, vmax=1.6, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, f"{value:.2f}".replace("-0.00", "0"), ha="center", va="center", fontsize=9)
-    ax.set_xticks(range(len(tokens)), [plain(token) for token in tokens], rotation=40, ha="left")
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.xaxis.tick_top()
-    ax.grid(False)
+# --------------------------------------------------------------------------------------------------
+# Tokens
+
+
+@matplotlib.rc_context(STYLE)
+def token_strip(answers, per_line=9):
+    """Numbers under the tokens of one or more answers, `{title: (tokens, rows)}`.
+
+    `rows` is `{name: one number per token}`. Orange is above zero, blue below. Each row of each
+    answer has its own colour scale, so colours compare tokens and not rows. A long answer goes on
+    in the next line.
+    """
+    strips = []  # title or "", tokens, names, numbers, scales
+    for title, (tokens, rows) in answers.items():
+        values = np.array([list(row) for row in rows.values()], dtype=float)
+        scale = np.abs(values).max(axis=1, keepdims=True) + 1e-9
+        for start in range(0, len(tokens), per_line):
+            part = slice(start, start + per_line)
+            strips.append(
+                (title if not start else "", tokens[part], list(rows), values[:, part], scale)
+            )
+    heights = [0.3 * len(names) + (0.75 if title else 0.45) for title, _, names, *_ in strips]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
+    axes = figure.subplots(len(strips), 1, squeeze=False, height_ratios=heights).flatten()
+    colours = LinearSegmentedColormap.from_list("below, above", [BLUE, PALE, ORANGE])
+    for ax, (title, tokens, names, values, scale) in zip(axes, strips):
+        dressed(ax).imshow(values / scale, cmap=colours, vmin=-1.7, vmax=1.7, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            ax.text(j, i, f"{value:z.2f}", ha="center", va="center", fontsize=9, color=DARK)
+        ax.set_xticks(range(len(tokens)), [plain(token, 11) for token in tokens], fontsize=8.5)
+        ax.set_yticks(range(len(names)), names, fontsize=9)
+        ax.set_xlim(-0.5, per_line - 0.5)
+        ax.xaxis.tick_top()
+        ax.tick_params(length=0)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        if title:
+            ax.set_title(plain(title, 90), loc="left", fontsize=10)
+    figure.supxlabel(
+        "Orange: above 0. Blue: below 0. Each row has its own colour scale.", fontsize=9, color=INK
+    )
+    said = [
+        f"{title}: " + "; ".join(f"{name} {numbers(row)}" for name, row in rows.items())
+        for title, (_, rows) in answers.items()
+    ]
+    figure.set_label("Numbers per token. " + " ".join(said))
     return figure
 
 
-def plain(text):
-    """Text as a plot may show it: dollars are not mathematics, line ends are visible."""
-    return text.replace("$", r"\$").replace("\n", "\\n").strip() or "(space)"
+def numbers(row):
+    return " ".join(f"{float(value):z.2f}" for value in row)
 
 
+@matplotlib.rc_context(STYLE)
+def value_curves(tokens, curves, reward=None):
+    """What the value model expects before each token of one answer, `{name: values}`, as lines.
+    `reward` is the reward that the whole answer gets in the end."""
+    figure, (ax,) = canvas(height=3.1)
+    for (name, values), colour in zip(curves.items(), (BLUE, ORANGE, GREEN)):
+        ax.plot(range(len(tokens)), list(values), "o-", color=colour, markersize=4, label=name)
+    if reward is not None:
+        ax.axhline(reward, color=INK, linestyle="--", label="reward of the whole answer")
+    ax.set_xticks(range(len(tokens)), [plain(t, 14) for t in tokens], rotation=45, ha="right")
+    ax.set(xlabel="the value is read before this token", ylabel="value (expected reward)")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+    ends = [f"{name} from {list(v)[0]:z.2f} to {list(v)[-1]:z.2f}" for name, v in curves.items()]
+    told = "" if reward is None else f" The answer's reward is {reward:z.2f}."
+    figure.set_label(f"Values along the answer: {', '.join(ends)}.{told}")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def next_token_bars(tokens, before, after, names=("actor", "rlhf"), top=8):
+    """Probabilities of the next token under two models: the `top` tokens that are likeliest under
+    either model, and the rest together."""
+    both = np.array([list(map(float, before)), list(map(float, after))])  # (2, V)
+    best = np.argsort(-both.max(axis=0), kind="stable")[:top]
+    labels = [plain(tokens[i], 20) for i in best]
+    shares = both[:, best]
+    rest = np.clip(1 - shares.sum(axis=1), 0, 1)
+    if len(tokens) > top or rest.max() > 0.005:
+        labels, shares = [*labels, "all others"], np.column_stack([shares, rest])
+    figure, (ax,) = canvas(height=0.42 * len(labels) + 1)
+    for i, (name, row) in enumerate(zip(names, shares)):
+        y = np.arange(len(labels)) + (i - 0.5) * 0.38
+        ax.barh(y, row, 0.36, color=COLOURS.get(name, (BLUE, ORANGE)[i]), label=name)
+        for place, share in zip(y, row):
+            inside = share > 0.9
+            ax.text(
+                share + (-0.01 if inside else 0.01), place, f"{share:.2f}", va="center", fontsize=9,
+                ha="right" if inside else "left", color="white" if inside else INK,
+            )  # fmt: skip
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set(xlim=(0, 1), xlabel="probability of the next token")
+    ax.legend(loc="lower right")
+    pairs = [f"{label} {a:.2f} and {b:.2f}" for label, a, b in zip(labels, *shares)]
+    figure.set_label(f"Next token, {names[0]} and {names[1]}: {', '.join(pairs)}.")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def clip_plot(loss_of_ratio, clip_ratio):
+    """The loss of one token against its ratio, for a good and for a bad token.
+
+    `loss_of_ratio(ratio, advantage)` is the loss itself; where it is flat it has no gradient.
+    """
+    figure, axes = canvas(2, height=2.9)
+    reach = min(0.95, 2.5 * clip_ratio)
+    ratios, told = np.linspace(1 - reach, 1 + reach, 401), []
+    for ax, advantage in zip(axes, (1.0, -1.0)):
+        losses = np.array([float(loss_of_ratio(float(ratio), advantage)) for ratio in ratios])
+        flat = np.abs(np.gradient(losses, ratios)) < 1e-3
+        ax.plot(ratios, np.where(flat, np.nan, losses), color=BLUE, linewidth=2, label="gradient")
+        ax.plot(
+            ratios, np.where(flat, losses, np.nan), color=ORANGE, linewidth=3, label="no gradient"
+        )
+        for edge in (1 - clip_ratio, 1 + clip_ratio):
+            ax.axvline(edge, color=INK, linestyle="--", linewidth=1)
+        ax.plot(1, float(loss_of_ratio(1.0, advantage)), "o", color=INK)
+        word = "better" if advantage > 0 else "worse"
+        ax.set(title=f"Advantage {advantage:+.0f}: {word} than expected", ylabel="loss")
+        ax.set_xlabel("ratio: probability now / when sampled")
+        ax.set_xticks([1 - clip_ratio, 1, 1 + clip_ratio])
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        told.append(f"advantage {advantage:+.0f}: {gaps(ratios, flat)}")
+    axes[0].legend()
+    figure.set_label(f"The clipped loss against the ratio, {'; '.join(told)}.")
+    return figure
+
+
+def gaps(ratios, flat):
+    """In words: where a loss has no gradient."""
+    if not flat.any():
+        return "it has a gradient everywhere"
+    return f"it has no gradient between {ratios[flat][0]:.2f} and {ratios[flat][-1]:.2f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The reward model on pairs
+
+
+def wins(pairs):
+    """1 where the chosen answer has the higher score, 0 where the rejected has; a tie is half."""
+    return 0.5 + 0.5 * np.sign(pairs["chosen"] - pairs["rejected"])
+
+
+def share_interval(mean, count):
+    """Wilson's 95 % interval of a share (low, high); it has a width at 0 and at 1 as well."""
+    z2 = 1.96**2
+    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 / (1 + z2 / count) * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@matplotlib.rc_context(STYLE)
 def score_histogram(pairs):
-    """How the reward model scores what people chose and what they rejected, kind by kind."""
+    """The scores of chosen and of rejected answers, one panel per kind."""
     kinds = sorted(pairs["kind"].unique())
-    figure, axes = canvas(len(kinds), width=3.2)
-    low, high = pairs[["chosen", "rejected"]].min().min(), pairs[["chosen", "rejected"]].max().max()
-    bins = np.linspace(low, high, 31)
+    columns = min(2, len(kinds))
+    figure, axes = canvas(columns, -(-len(kinds) // columns), height=2.3)
+    edges = nice_bins(pairs[["chosen", "rejected"]].to_numpy(), 24)
+    right = wins(pairs)
     for ax, kind in zip(axes, kinds):
         part = pairs[pairs["kind"] == kind]
-        ax.hist(part["rejected"], bins, color=ORANGE, alpha=0.6, label="rejected")
-        ax.hist(part["chosen"], bins, color=BLUE, alpha=0.6, label="chosen")
-        right = (part["chosen"] > part["rejected"]).mean()
-        ax.set(title=f"{plain(kind)}: {right:.0%} right", xlabel="score", ylabel="pairs")
-    axes[0].legend()
+        ax.hist(part["rejected"], edges, color=ORANGE, alpha=0.7, label="rejected")
+        ax.hist(part["chosen"], edges, color=BLUE, alpha=0.7, label="chosen")
+        share = right[part.index].mean()
+        ax.set(title=f"{plain(kind)}: {share:.0%} right", xlabel="score", ylabel="answers")
+    for ax in axes[len(kinds) :]:
+        ax.set_visible(False)
+    axes[0].legend(fontsize=9)
+    told = [f"{kind} {right[pairs['kind'] == kind].mean():.0%}" for kind in kinds]
+    figure.set_label(f"Scores of chosen and rejected answers. Pairs right: {', '.join(told)}.")
     return figure
 
 
-def calibration(pairs, bins=8):
-    """How often the higher score won, against how often the model said it would."""
-    margin = pairs["chosen"] - pairs["rejected"]
-    said = 1 / (1 + np.exp(-margin.abs()))
-    group = pd.qcut(said, bins, duplicates="drop")
-    table = pd.DataFrame({"said": said, "won": margin > 0}).groupby(group, observed=True).mean()
-    figure, (ax,) = canvas(width=4.5, height=4)
-    ax.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", label="perfect")
-    ax.plot(table["said"], table["won"], color=BLUE, marker="o", label="reward model")
-    ax.set(xlabel="predicted win rate", ylabel="actual win rate", title="Calibration")
-    ax.legend()
-    return figure
+def nice_bins(values, most):
+    """Edges at round numbers that hold all values, also when all values are equal."""
+    low, high = float(np.min(values)), float(np.max(values))
+    if high - low < 1e-6:
+        low, high = low - 0.5, high + 0.5
+    return MaxNLocator(most).tick_values(low, high)
 
 
-def judged_bars(models):
-    """The judge's mean by kind for each model, with the 95 % interval of the overall mean."""
-    if not all(model["judge"] for model in models.values()):
-        return reward_bars(models)
-    names = list(models)
-    kinds = list(models[names[0]]["judge"]["kinds"])
-    figure, (ax,) = canvas(width=9, height=3.4)
-    for i, name in enumerate(names):
-        judge = models[name]["judge"]
-        x = np.arange(len(kinds) + 1) + (i - (len(names) - 1) / 2) * 0.27
-        heights = [*judge["kinds"].values(), judge["mean"]]
-        ax.bar(x, heights, 0.25, color=COLOURS.get(name, GREEN), label=name)
-        spread = [[judge["mean"] - judge["low"]], [judge["high"] - judge["mean"]]]
-        ax.errorbar(x[-1:], heights[-1:], spread, color="black", capsize=4)
-        for place, height, top in zip(x, heights, [*heights[:-1], judge["high"]]):
-            ax.text(place, top + 0.03, f"{height:.2f}", ha="center", fontsize=8)
-    ax.set_xticks(range(len(kinds) + 1), [*map(plain, kinds), "all kinds"])
-    ax.set(ylabel="judge's score", ylim=(0, 1.25), title="Judged by the truth (temperature 1)")
-    ax.legend(loc="upper left", ncols=3, frameon=False)
-    return figure
+def calibrated(pairs):
+    """The table behind `calibration`: predicted and actual win rate in fixed bins, with counts."""
+    margin = (pairs["chosen"] - pairs["rejected"]).to_numpy(dtype=float)
+    said = 1 / (1 + np.exp(-np.abs(margin)))
+    group = np.minimum(((said - 0.5) * 10 + 1e-9).astype(int), 4)
+    rows = []
+    for i in range(5):
+        here = group == i
+        if here.any():
+            won = wins(pairs)[here].mean()
+            low, high = share_interval(won, here.sum())
+            name = f"{0.5 + i / 10:.1f} to {0.6 + i / 10:.1f}"
+            rows.append((name, said[here].mean(), won, low, high, int(here.sum())))
+    columns = ["predicted", "mean of the predicted", "actual", "low", "high", "pairs"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def reward_bars(models):
-    """The mean reward of each model, for data of which nobody knows the truth."""
-    figure, (ax,) = canvas(width=4.5, height=3.4)
-    colours = [COLOURS.get(name, GREEN) for name in models]
-    ax.bar(list(models), [model["reward"] for model in models.values()], color=colours)
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.set(ylabel="mean reward", title="Reward (these rows have no judge)")
-    return figure
-
-
-def reward_against_judge(answers, bins=8):
-    """Mean of the judge's score at each height of the reward: does more reward mean better?"""
-    figure, (ax,) = canvas(width=5, height=3.6)
-    for name in (name for name in ("actor", "rlhf") if name in answers):
-        table = pd.DataFrame(answers[name]).dropna(subset="judge")
-        if len(table) >= bins:
-            group = pd.qcut(table["reward"], bins, duplicates="drop")
-            means = table.groupby(group, observed=True)[["reward", "judge"]].mean().astype(float)
-            ax.plot(means["reward"], means["judge"], "o-", color=COLOURS[name], label=name)
-    ax.set(xlabel="reward model", ylabel="judge", ylim=(-0.05, 1.05), title="Reward and truth")
-    if ax.lines:
-        ax.legend(loc="lower right")
+@matplotlib.rc_context(STYLE)
+def calibration(pairs):
+    """How often the higher score wins, against how often the reward model says it will."""
+    table = calibrated(pairs)
+    figure, (ax,) = canvas(width=5.6, height=3.9)
+    bottom = min(0.4, math.floor(10 * table["low"].min() - 0.5) / 10)
+    ax.plot([0.5, 1], [0.5, 1], color=INK, linestyle="--", label="perfectly calibrated")
+    bars = [table["actual"] - table["low"], table["high"] - table["actual"]]
+    ax.errorbar(
+        table["mean of the predicted"], table["actual"], np.abs(bars), color=BLUE, marker="o",
+        linestyle="none", capsize=4, label="reward model, with 95 % interval",
+    )  # fmt: skip
+    for _, row in table.iterrows():
+        ax.text(
+            row["mean of the predicted"], bottom + 0.015, f"{row['pairs']:,.0f}", ha="center",
+            fontsize=9,
+        )  # fmt: skip
+    ax.text(0.497, bottom + 0.06, "number of pairs:", fontsize=9)
+    ax.set(xlim=(0.49, 1.01), ylim=(bottom, 1.02))
+    ax.set(xlabel="win rate that the score difference predicts", ylabel="actual win rate")
+    ax.set_xticks(np.arange(5, 11) / 10)
+    ax.legend(loc="upper left" if bottom < 0.4 else "lower right", bbox_to_anchor=(1, 0.14))
+    told = [f"{r['predicted']}: {r['actual']:.2f} of {r['pairs']}" for _, r in table.iterrows()]
+    figure.set_label(f"Actual win rate by predicted win rate: {', '.join(told)}.")
     return figure
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures as numbers
+# The judge
+
+
+@matplotlib.rc_context(STYLE)
+def judged_bars(models):
+    """The judge's mean of each model, sampled beside greedy: all questions, then kind by kind.
+
+    The lines are 95 % intervals. Without a judge it shows the mean rewards.
+    """
+    if not all(model["judge"] for model in models.values()):
+        return reward_bars(models)
+    kinds = list(next(iter(models.values()))["judge"]["kinds"])
+    kinds = kinds if len(kinds) > 1 else []
+    columns = 2 if kinds else 1
+    heights = [2.9] + [2.0] * -(-len(kinds) // columns)
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    ax = dressed(figure.add_subplot(grid[0, :]))
+    score_bars(ax, models, lambda judge: (judge["mean"], judge["low"], judge["high"]))
+    ax.set_title("All questions", loc="left")
+    ax.set_ylabel("judge's score")
+    ax.legend(handles=legend_of(models), loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    for i, kind in enumerate(kinds):
+        ax = dressed(figure.add_subplot(grid[1 + i // columns, i % columns]))
+        score_bars(ax, models, lambda judge, kind=kind: score_of_kind(judge, kind), size=8)
+        ax.set_title(plain(kind), fontsize=10)
+    figure.set_label("The judge's scores. " + in_words(models))
+    return figure
+
+
+def score_of_kind(judge, kind):
+    """Mean and interval of one kind; the mean three times where the interval is not known."""
+    mean = judge["kinds"].get(kind, float("nan"))
+    return (mean, *judge.get("intervals", {}).get(kind, (mean, mean)))
+
+
+def score_bars(ax, models, score, size=9.5):
+    """Bars from 0 to 1: for each model the sampled and, if there are any, the greedy answers."""
+    for i, (name, model) in enumerate(models.items()):
+        colour = COLOURS.get(name, GREEN)
+        both = [(model["judge"], colour, "white")]
+        if model.get("judge_greedy"):
+            both.append((model["judge_greedy"], TINTS[colour], DARK))
+        for j, (judge, fill_colour, text_colour) in enumerate(both):
+            x = i + (j - (len(both) - 1) / 2) * 0.42
+            mean, low, high = score(judge)
+            ax.bar(x, mean, 0.4, color=fill_colour)
+            ax.plot([x, x], [low, high], color=DARK, linewidth=1.5, path_effects=HALO)
+            inside = mean > 0.17
+            place, shade = (0.03, text_colour) if inside else (min(high + 0.03, 0.85), INK)
+            text = ax.text(x, place, f"{mean:.2f}", ha="center", fontsize=size, color=shade)
+            if inside:  # an interval that reaches down to the number does not cross it out
+                text.set_path_effects([withStroke(linewidth=3, foreground=fill_colour), Normal()])
+    ax.set_xticks(range(len(models)), [plain(name) for name in models], fontsize=size + 0.5)
+    ax.set(xlim=(-0.6, len(models) - 0.4), ylim=(0, 1))
+    ax.tick_params(axis="x", length=0)
+    ax.grid(False, axis="x")
+
+
+def legend_of(models):
+    greedy = any(model.get("judge_greedy") for model in models.values())
+    handles = [Patch(color="#555555", label="sampled")]
+    return handles + [Patch(color="#BDBDBD", label="greedy (temperature 0)")] * greedy
+
+
+def in_words(models):
+    """The judge's means as a sentence, for people who do not see the picture."""
+    told = []
+    for name, model in models.items():
+        greedy = model.get("judge_greedy")
+        also = f", greedy {greedy['mean']:.2f}" if greedy else ""
+        told.append(f"{name}: sampled {model['judge']['mean']:.2f}{also}")
+    return "; ".join(told) + "."
+
+
+@matplotlib.rc_context(STYLE)
+def headline(models):
+    """The judge's scores of base, actor and rlhf in one small picture, for the README."""
+    if not all(model["judge"] for model in models.values()):
+        return reward_bars(models)
+    figure, (ax,) = canvas(width=6.4, height=2.7)
+    score_bars(ax, models, lambda judge: (judge["mean"], judge["low"], judge["high"]), size=10.5)
+    ax.set_ylabel("judge's score")
+    ax.legend(handles=legend_of(models), loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    figure.set_label("The judge's scores. " + in_words(models))
+    return figure
+
+
+def svg(figure):
+    """A figure as SVG text that is the same every time."""
+    data = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(data, format="svg", metadata={"Date": None, "Title": figure.get_label()})
+    return data.getvalue()
+
+
+@matplotlib.rc_context(STYLE)
+def reward_bars(models):
+    """The mean reward of each model, for rows that have no judge."""
+    figure, (ax,) = canvas(width=5.6, height=3.2)
+    colours = [COLOURS.get(name, GREEN) for name in models]
+    means = [model["reward"] for model in models.values()]
+    bars = ax.bar([plain(name) for name in models], means, color=colours)
+    ax.bar_label(bars, [f"{mean:z.2f}" for mean in means], padding=3)
+    ax.margins(y=0.15)
+    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.grid(False, axis="x")
+    ax.set_ylabel("mean reward\n" + fill(LEARNING["reward"][1], 22))
+    told = ", ".join(f"{name} {mean:z.2f}" for name, mean in zip(models, means))
+    figure.set_label(f"Mean rewards: {told}.")
+    return figure
+
+
+VERDICTS = {"right": BLUE, "partly right": "#9CCBE6", "wrong": ORANGE}
+
+
+@matplotlib.rc_context(STYLE)
+def reward_against_judge(answers, names=("actor", "rlhf")):
+    """What the judge says about answers, by their reward: one column of panels per model.
+
+    Above: how many answers got which reward, and whether the judge finds them right (score 1),
+    partly right or wrong (0). Below: the judge's mean in each bin that holds answers.
+    """
+    tables = {name: pd.DataFrame(answers[name]) for name in names if name in answers}
+    tables = {name: table.dropna(subset=["judge", "reward"]) for name, table in tables.items()}
+    tables = {name: table for name, table in tables.items() if len(table)}
+    if not tables:
+        figure, (ax,) = canvas(height=1)
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "No answer has both a reward and a judge's score.", ha="center")
+        return figure
+    edges = nice_bins(np.concatenate([table["reward"] for table in tables.values()]), 14)
+    figure, axes = canvas(len(tables), 2, height=2.4)
+    told = []
+    for i, (name, table) in enumerate(tables.items()):
+        above, below = axes[i], axes[len(tables) + i]
+        reward, judge = table["reward"].to_numpy(float), table["judge"].to_numpy(float)
+        groups = {"right": judge > 0.99, "partly right": (judge <= 0.99) & (judge >= 0.01)}
+        groups["wrong"] = judge < 0.01
+        parts = [reward[group] for group in groups.values()]
+        colours = [VERDICTS[group] for group in groups]
+        above.hist(parts, edges, stacked=True, color=colours, label=list(groups))
+        above.set(title=plain(name), ylabel="answers" if not i else None)
+        for low, high in zip(edges[:-1], edges[1:]):
+            last = high == edges[-1]
+            here = judge[(reward >= low) & ((reward <= high) if last else (reward < high))]
+            if len(here):
+                x, mean = (low + high) / 2, here.mean()
+                below.plot([x, x], share_interval(mean, len(here)), color=INK, linewidth=1.5)
+                below.plot(
+                    x, mean, "o", color=COLOURS.get(name, GREEN), markersize=5, clip_on=False
+                )
+                below.text(x, 1.05, f"{len(here)}", ha="center", fontsize=7.5, rotation=90)
+        below.set(ylim=(0, 1), xlim=(edges[0], edges[-1]), xlabel="reward")
+        below.set_ylabel("judge's mean" if not i else None)
+        above.set_xlim(edges[0], edges[-1])
+        top = table.nlargest(max(1, len(table) // 10), "reward")["judge"]
+        told.append(f"{name}: judge's mean {judge.mean():.2f}, of the top tenth {top.mean():.2f}")
+    axes[0].legend(fontsize=8)
+    figure.set_label("Judge's scores by reward. " + "; ".join(told) + ".")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
 
 
 def interval(values, resamples=2000):
@@ -191,12 +570,15 @@ def interval(values, resamples=2000):
 
 
 def judged(results):
-    """The judge's mean, interval and means by kind; None where no row says what is right."""
+    """The judge's mean, its interval, and both by kind; None if no row says what is right."""
     table = pd.DataFrame(results).dropna(subset="judge")
     if table.empty:
         return None
-    kinds = table.groupby("kind")["judge"].mean()
-    return interval(table["judge"]) | {"kinds": {k: float(v) for k, v in kinds.items()}}
+    kinds = {kind: interval(part) for kind, part in table.groupby("kind")["judge"]}
+    return interval(table["judge"]) | {
+        "kinds": {kind: found["mean"] for kind, found in kinds.items()},
+        "intervals": {kind: [found["low"], found["high"]] for kind, found in kinds.items()},
+    }
 
 
 def distinct_2(texts):
@@ -210,6 +592,7 @@ def summarise(sampled, greedy=()):
     table = pd.DataFrame(sampled)
     means = [name for name in ("reward", "kl", "length", "eos", "metric") if name in table]
     return {
+        "questions": len(table),
         "judge": judged(sampled),
         "judge_greedy": judged(greedy) if greedy else None,
         **{name: float(table[name].mean()) for name in means},
@@ -218,33 +601,36 @@ def summarise(sampled, greedy=()):
 
 
 def critic_summary(pairs):
+    """How often the reward model is right about pairs, overall and by kind; None without pairs."""
     if pairs is None:
         return None
-    right = pairs["chosen"] > pairs["rejected"]
+    right = wins(pairs)
     kinds = right.groupby(pairs["kind"]).mean()
     return {"accuracy": float(right.mean()), "kinds": {k: float(v) for k, v in kinds.items()}}
 
 
 def by_flaw(pairs):
     """How often the reward model is right, by what is wrong with the rejected answer."""
-    right = pairs["chosen"] > pairs["rejected"]
-    table = right.groupby(pairs["flaw"]).agg(["mean", "size"]).sort_values("mean").reset_index()
+    table = wins(pairs).groupby(pairs["flaw"]).agg(["mean", "size"])
+    table = table.sort_values("mean").reset_index()
     return table.set_axis(["flaw of the rejected answer", "right", "pairs"], axis=1)
 
 
 def result_table(models):
-    """The table of 4_test: one row a model."""
+    """The table of 4_test: one row per model."""
     rows = {}
     for name, m in models.items():
-        judge, greedy = m["judge"], m["judge_greedy"]
-        row = {}
+        judge, greedy = m["judge"], m.get("judge_greedy")
+        row = {"questions": f"{m['questions']:,}"} if "questions" in m else {}
         if judge:
-            row["judge"] = f"{judge['mean']:.2f} ({judge['low']:.2f} to {judge['high']:.2f})"
-            row["greedy"] = f"{greedy['mean']:.2f}" if greedy else "-"
+            row["judge, sampled"] = (
+                f"{judge['mean']:.2f} ({judge['low']:.2f} to {judge['high']:.2f})"
+            )
+            row["judge, greedy"] = f"{greedy['mean']:.2f}" if greedy else "-"
             row |= {kind: f"{mean:.2f}" for kind, mean in judge["kinds"].items()}
         row |= {
-            "reward": f"{m['reward']:.2f}",
-            "KL (nats)": f"{m['kl']:.2f}",
+            "reward": f"{m['reward']:z.2f}",
+            "KL (nats)": f"{m['kl']:z.2f}",
             "length (tokens)": f"{m['length']:.1f}",
             "distinct-2": f"{m['distinct_2']:.2f}",
             "ended": f"{m['eos']:.0%}",
@@ -252,7 +638,7 @@ def result_table(models):
         if "metric" in m:
             row["metric"] = f"{m['metric']:.3g}"
         rows[name] = row
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.rename_axis("model")
 
 
 def side_by_side(rows, answers, per_kind=3):
@@ -264,46 +650,154 @@ def side_by_side(rows, answers, per_kind=3):
     return table.groupby("kind").head(per_kind).sort_values("kind", kind="stable")
 
 
+def frame(table):
+    """A table as it is shown: an index with a name is a column, other row numbers are not."""
+    table = pd.DataFrame(table)
+    return table.reset_index() if table.index.name else table
+
+
+def cell(value):
+    """A value as people read it: three digits, no -0, a dash for what is missing."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return "-"
+    return f"{value:z.3g}" if isinstance(value, float) else str(value)
+
+
+def table_html(table):
+    """A table in a box that scrolls sideways. What a model wrote is escaped, and is no formula."""
+    table = frame(table)
+    columns = [[cell(value) for value in table[name]] for name in table]
+    head, body = [], [[] for _ in range(len(table))]
+    for name, values in zip(table, columns):
+        wraps = any(len(value) > 24 for value in values)
+        style = "min-width:14em;white-space:normal" if wraps else "white-space:nowrap"
+        style = f"text-align:left;{style}"
+        head.append(f'<th style="{style}">{html.escape(str(name))}</th>')
+        for line, value in zip(body, values):
+            line.append(f'<td style="{style}">{html.escape(value)}</td>')
+    lines = "\n".join(f"<tr>{''.join(line)}</tr>" for line in body)
+    return (
+        '<div style="overflow-x:auto" class="scroll mathjax_ignore tex2jax_ignore"><table>\n'
+        f"<thead><tr>{''.join(head)}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>"
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # The file
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>RLHF report</title>
-<style>body{{font:16px/1.5 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse;font-size:14px}}td,th{{padding:.3rem .6rem;text-align:left;
-border-bottom:1px solid #ddd;vertical-align:top}}img{{max-width:100%}}</style>
-<h1>Before and after</h1>{body}</html>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>RLHF report</title>
+<style>:root{{color-scheme:light dark}}
+body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
+color:#1a1a1a;background:#fff}}h1,h2{{line-height:1.2}}h2{{margin-top:2.5rem}}
+table{{border-collapse:collapse;font-size:14px}}
+td,th{{padding:.3rem .7rem .3rem 0;border-bottom:1px solid #ccc;vertical-align:top}}
+.scroll{{overflow-x:auto}}figure{{margin:0}}img{{max-width:100%;height:auto}}
+@media (prefers-color-scheme:dark){{body{{color:#ddd;background:#161616}}
+td,th{{border-color:#444}}}}
+@media (max-width:600px){{body{{margin:1rem auto;padding:0 .7rem}}}}</style></head>
+<body><h1>RLHF report: before and after</h1>
+{body}
+</body></html>
 """
 
 
 def parts(models, answers, beside, pairs):
-    """What report.html shows, in order."""
-    truth = [("Reward and truth", reward_against_judge(answers))] if models["rlhf"]["judge"] else []
-    critic = []
-    if pairs is not None:  # who has a reward of his own may do without
-        critic.append(("The reward model on held-out pairs", score_histogram(pairs)))
-        critic.append(("Calibration", calibration(pairs)))
-    first = [("Result", result_table(models)), ("Before and after", judged_bars(models))]
-    return [*first, *truth, *critic, ("Answers", beside)]
+    """What report.html shows, in this order: (title, table or figure, caption)."""
+    known = all(model["judge"] for model in models.values())
+    found = [
+        (
+            "Answers to the same questions",
+            beside,
+            "Held-out questions and one sampled answer of each model. No training has seen these "
+            "questions.",
+        ),
+        (
+            "Result",
+            result_table(models),
+            f"{'The judge scores between 0 and 1; in brackets its 95 % interval. ' * known}"
+            f"{'The columns of single kinds are for sampled answers. ' * known}"
+            "Reward: standard deviations above the actor. KL: distance from the actor per answer. "
+            "Distinct-2: share of different word pairs. Ended: answers that end by themselves. "
+            "If a model has fewer questions, it answered the first ones of the same list.",
+        ),
+        (
+            "Sampled and greedy answers" if known else "Reward",
+            judged_bars(models),
+            "The judge's mean score: dark bars for sampled answers, light bars for greedy answers, "
+            "lines for 95 % intervals."
+            if known
+            else "The mean reward of each model. These rows have no judge, so nothing here says "
+            "whether a high reward means a good answer.",
+        ),
+    ]
+    if known:
+        found.append(
+            (
+                "Reward and judge",
+                reward_against_judge(answers),
+                "Above: how many answers got which reward, and what the judge says about them. "
+                "Orange at a high reward means that the reward model is wrong. Below: the judge's "
+                "mean in each range of rewards, with its 95 % interval and the number of answers.",
+            )
+        )
+    if pairs is None:  # with a reward of your own there may be no reward model
+        return found
+    found.append(
+        (
+            "The reward model on held-out pairs",
+            score_histogram(pairs),
+            "Scores of the answers that people chose and of those that they rejected. A tie counts "
+            "as half right.",
+        )
+    )
+    if set(pairs["flaw"]) != {"unknown"}:
+        found.append(
+            (
+                "What the reward model overlooks",
+                by_flaw(pairs),
+                "How often the reward model prefers the chosen answer, by what is wrong with the "
+                "rejected one.",
+            )
+        )
+    found.append(
+        (
+            "Calibration of the reward model",
+            calibration(pairs),
+            "How often the higher score wins, against how often the score difference predicts that "
+            "it wins. Above the line the reward model is too cautious, below it is too sure of "
+            "itself.",
+        )
+    )
+    return found
 
 
 def picture(figure):
-    """A figure as an <img> that needs no other file."""
+    """A figure as an <img> that needs no other file, with its label as the alternative text."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return f'<img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    figure.savefig(data, format="png", dpi=150)
+    code = base64.b64encode(data.getvalue()).decode()
+    width = round(100 * figure.get_figwidth())
+    alt = html.escape(figure.get_label())
+    return f'<img src="data:image/png;base64,{code}" alt="{alt}" width="{width}">'
 
 
 def write_report(folder, report, parts):
-    """report.json with the figures, report.html with `parts`: (title, figure, table or text)."""
+    """report.json with `report`, report.html with `parts`.
+
+    A part is (title, figure, table or text), and may have a caption as its last element.
+    """
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     body = []
-    for title, part in parts:
-        body.append(f"<h2>{html.escape(title)}</h2>")
+    for title, part, *caption in parts:
+        told = "".join(f"<p>{html.escape(text)}</p>" for text in caption)
         if isinstance(part, Figure):
-            body.append(picture(part))
+            shown = f"{told}<figure>{picture(part)}</figure>"
         elif isinstance(part, pd.DataFrame):
-            body.append(part.to_html(escape=True, border=0))
+            shown = told + table_html(part)
         else:
-            body.append(f"<p>{html.escape(str(part))}</p>")
+            shown = f"<p>{html.escape(str(part))}</p>{told}"
+        body.append(f"<section><h2>{html.escape(title)}</h2>\n{shown}</section>")
     (folder / "report.html").write_text(PAGE.format(body="\n".join(body)), encoding="utf-8")

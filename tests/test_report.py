@@ -1,13 +1,13 @@
-"""The report, with and without a judge; what a model wrote stays text."""
+"""Figures and the report: what they show is what was measured, with and without a judge."""
 
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
-from lab import notebook, report
-from lab.runs import Stage
+from lab import report
 
 
 def answers(judge, count=8):
@@ -27,12 +27,33 @@ def pairs():
     )
 
 
+def models(judge=True, greedy=True):
+    """Four models; the last one, best of 4, has fewer questions and no greedy answers."""
+    rows = answers(judge)
+    found = {n: report.summarise(rows, rows if greedy else ()) for n in ("base", "actor", "rlhf")}
+    return found | {"best of 4": report.summarise(rows[:4])}
+
+
+def texts(figure):
+    """Every text of a figure, in the order in which it is drawn."""
+    figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(lambda x: hasattr(x, "get_fontsize"))]
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+
 def test_the_interval_holds_the_mean_and_shrinks_with_more_rows():
     few, many = report.interval([0, 1] * 10), report.interval([0, 1] * 1000)
     assert few["low"] < few["mean"] == 0.5 < few["high"]
     assert many["high"] - many["low"] < 0.2 * (few["high"] - few["low"])
     # a mean of n coins lies within 1.96 * 0.5 / sqrt(n), 95 times in 100
     assert many["high"] - 0.5 == pytest.approx(1.96 * 0.5 / 2000**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("mean, count, low, high", [(0.5, 100, 0.404, 0.596), (1.0, 10, 0.722, 1)])
+def test_the_interval_of_a_share_is_wilsons(mean, count, low, high):
+    assert report.share_interval(mean, count) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_distinct_2_counts_neighbouring_words():
@@ -44,43 +65,233 @@ def test_distinct_2_counts_neighbouring_words():
 def test_the_critic_is_right_where_the_chosen_answer_scores_higher():
     assert report.critic_summary(pairs()) == {"accuracy": 5 / 9, "kinds": {"x": 5 / 9}}
     assert report.by_flaw(pairs())["right"].tolist() == [5 / 9]
+    assert report.critic_summary(None) is None
+
+
+def test_a_tie_is_half_right():
+    tied = pairs().assign(chosen=0.0, rejected=0.0)
+    assert report.critic_summary(tied)["accuracy"] == 0.5
+    assert report.by_flaw(tied)["right"].tolist() == [0.5]
+    assert report.calibrated(tied)["actual"].tolist() == [0.5]
+    assert "50% right" in report.score_histogram(tied).axes[0].get_title()
+
+
+def test_calibration_has_fixed_bins_with_their_counts():
+    logit = np.log(np.array([0.55, 0.95, 0.95, 0.95]) / np.array([0.45, 0.05, 0.05, 0.05]))
+    table = report.calibrated(
+        pd.DataFrame({"chosen": logit * [1, 1, 1, -1], "rejected": np.zeros(4)})
+    )
+    assert table["predicted"].tolist() == ["0.5 to 0.6", "0.9 to 1.0"]
+    assert table["pairs"].tolist() == [1, 3]
+    assert table["actual"].tolist() == pytest.approx([1, 2 / 3])
+    assert table["mean of the predicted"].tolist() == pytest.approx([0.55, 0.95])
+
+
+@pytest.mark.parametrize(
+    "probability, name", [(0.6, "0.6 to 0.7"), (0.7, "0.7 to 0.8"), (1, "0.9 to 1.0")]
+)
+def test_the_edge_of_a_bin_belongs_to_the_next_one(probability, name):
+    margin = 100.0 if probability == 1 else np.log(probability / (1 - probability))
+    table = report.calibrated(pd.DataFrame({"chosen": [margin], "rejected": [0.0]}))
+    assert table["predicted"].tolist() == [name]
+
+
+def test_the_result_table_says_how_many_questions_each_model_answered():
+    table = report.result_table(models())
+    assert table.index.name == "model" and table["questions"].tolist() == ["8"] * 3 + ["4"]
+    assert table["judge, greedy"].tolist() == ["0.50"] * 3 + ["-"]
+    assert "judge, sampled" not in report.result_table(models(judge=None))
+
+
+def test_a_cell_shows_no_minus_zero_and_a_dash_for_what_is_missing():
+    values = [-0.0, -1e-9, 0.12345, 3, float("nan"), None, "text"]
+    assert list(map(report.cell, values)) == ["0", "-1e-09", "0.123", "3", "-", "-", "text"]
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def history(n=200):
+    step = np.arange(1, n + 1)
+    noise = np.random.default_rng(0).normal(0, 0.05, n)
+    return pd.DataFrame(
+        {"step": step, "loss": 5 * np.exp(-step / 20) + 0.5 + noise, "lr": 1 - step / n}
+    )
+
+
+def test_the_thick_curve_does_not_lag_and_the_learning_rate_has_none():
+    table = history()
+    shown = {"loss": ("Loss", "nats", "log"), "lr": ("Learning rate", "per step")}
+    loss, rate = report.curves(table, shown).axes
+    assert loss.get_yscale() == "log" and rate.get_yscale() == "linear"
+    assert len(loss.lines) == 2 and len(rate.lines) == 1
+    assert rate.lines[0].get_ydata().tolist() == table["lr"].tolist()
+    ramp = np.arange(100.0)  # a curve that rises all the time is its own centred median
+    middle = report.centred_median(ramp, 11)
+    known = ~np.isnan(middle)
+    assert (middle[known] == ramp[known]).all() and known.sum() > 90
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pd.DataFrame({"step": [1]}),
+        pd.DataFrame({"step": [1, 2], "loss": [np.nan, np.nan]}),
+        pd.DataFrame({"step": [1, 2], "loss": [0.0, -1.0]}),
+        pd.DataFrame({"step": [1], "loss": [0.7]}),
+    ],
+)
+def test_curves_of_what_is_not_there_yet_are_empty_and_draw(table):
+    figure = report.curves(table, {"loss": ("Loss", "nats", "log")})
+    figure.canvas.draw()
+    known = table["loss"].count() if "loss" in table else 0
+    assert len(figure.axes[0].lines[0].get_ydata()) == known
+
+
+@pytest.mark.parametrize("low, high", [(0.45, 0.7), (0.3, 9), (0.001, 90)])
+def test_a_log_axis_has_at_least_two_ticks_within_the_curve(low, high):
+    table = pd.DataFrame({"step": [1, 2], "loss": [high, low]})
+    ax = report.curves(table, {"loss": ("Loss", "nats", "log")}).axes[0]
+    assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+
+
+def test_the_strip_shows_every_number_of_every_answer_and_no_minus_zero():
+    rows = {"reward": [-0.001] * 11, "value": list(range(11))}
+    shown = {"good": (["a"] * 11, rows), "bad": (["b", "$x"], {"reward": [-1, 2]})}
+    found = texts(report.token_strip(shown))
+    assert "-0.00" not in found and found.count("0.00") == 12  # eleven rewards and the first value
+    assert {"good", "bad", "10.00", "-1.00", "2.00", r"\$x"} <= set(found)
+
+
+def test_the_bars_of_the_next_token_hold_all_of_the_probability():
+    before, after = [0.7, 0.2, 0.05, 0.05], [0.1, 0.8, 0.05, 0.05]
+    ax = report.next_token_bars(["a", "b", "c", "d"], before, after, top=2).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a", "all others"]
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == pytest.approx([0.2, 0.7, 0.1, 0.8, 0.1, 0.1])
+
+
+def test_the_clip_plot_draws_the_loss_it_is_given():
+    def loss(ratio, advantage):
+        return -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+
+    figure = report.clip_plot(loss, 0.2)
+    assert "+1: it has no gradient between 1.2" in figure.get_label()
+    assert "-1: it has no gradient between 0.50 and 0.80" in figure.get_label()
+    linear = report.clip_plot(lambda ratio, advantage: -ratio * advantage, 0.2)
+    assert linear.get_label().count("gradient everywhere") == 2
+
+
+def test_value_curves_have_a_line_per_model_and_the_reward():
+    figure = report.value_curves(["a", "b"], {"before": [0, 0], "after": [0.5, 1]}, reward=1.0)
+    assert [line.get_label() for line in figure.axes[0].lines][:2] == ["before", "after"]
+    assert figure.axes[0].lines[2].get_ydata() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("draw", [report.judged_bars, report.headline])
+def test_the_judges_axis_goes_from_0_to_1_and_holds_every_label(draw):
+    figure = draw(models())
+    figure.canvas.draw()
+    for ax in figure.axes:
+        assert ax.get_ylim() == (0, 1)
+        box = ax.get_window_extent()
+        assert all(box.y0 <= t.get_window_extent().y0 for t in ax.texts)
+        assert all(t.get_window_extent().y1 <= box.y1 for t in ax.texts)
+    assert len(figure.axes[0].patches) == 7, "three models sampled and greedy, one sampled only"
+    assert "actor: sampled 0.50, greedy 0.50" in figure.get_label()
+
+
+def test_rows_without_a_judge_get_the_bars_of_their_rewards():
+    for draw in (report.judged_bars, report.headline):
+        assert "Mean rewards: base 3.50" in draw(models(judge=None)).get_label()
+
+
+def test_a_saved_report_without_intervals_by_kind_can_be_drawn():
+    old = json.loads(json.dumps(models()))
+    for model in old.values():
+        for judge in (model["judge"], model["judge_greedy"]):
+            if judge:
+                judge |= {"kinds": {"x": 0.4, "y": 0.6}}
+                judge.pop("intervals")
+    figure = report.judged_bars(old)
+    assert len(figure.axes) == 3 and "svg" in report.svg(report.headline(old))
+
+
+def test_a_headline_is_the_same_text_every_time():
+    assert report.svg(report.headline(models())) == report.svg(report.headline(models()))
+
+
+@pytest.mark.parametrize("rewards", [[-1.0, 1.0] * 20, [0.5] * 40, list(range(40))])
+def test_reward_and_judge_stand_in_bins_that_hold_answers(rewards):
+    told = [row | {"reward": r} for row, r in zip(answers(True, 40), rewards)]
+    figure = report.reward_against_judge({"actor": told, "rlhf": told})
+    figure.canvas.draw()
+    assert len(figure.axes) == 4
+    for ax in figure.axes[2:]:
+        counts = [int(text.get_text()) for text in ax.texts]
+        assert sum(counts) == 40 and min(counts) > 0
+        for line in ax.lines:  # an interval of one bin, or its mean: nothing across the bins
+            assert len(set(np.atleast_1d(line.get_xdata()))) == 1
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert sum(heights) == 40
+
+
+def test_reward_and_judge_say_when_there_is_nothing_to_show():
+    figure = report.reward_against_judge({"actor": answers(None)})
+    assert texts(figure) and "No answer has both" in " ".join(texts(figure))
+
+
+def test_every_figure_is_transparent_narrow_and_described():
+    found = [
+        report.curves(history(), {"loss": ("Loss", "nats")}),
+        report.token_strip({"one": (["a"] * 30, {"reward": range(30)})}),
+        report.value_curves(["a"], {"before": [1.0]}),
+        report.next_token_bars(["a", "b"], [0.5, 0.5], [0.1, 0.9]),
+        report.clip_plot(lambda ratio, advantage: -ratio * advantage, 0.2),
+        report.score_histogram(pairs()),
+        report.calibration(pairs()),
+        report.judged_bars(models()),
+        report.judged_bars(models(judge=None)),
+        report.headline(models()),
+        report.reward_against_judge({"actor": answers(True), "rlhf": answers(True)}),
+    ]
+    for figure in found:
+        assert isinstance(figure, Figure) and figure.get_label().endswith((".", "0"))
+        assert figure.get_figwidth() <= 7.4 and figure.get_facecolor()[3] == 0
+        assert all(ax.get_facecolor()[3] == 0 for ax in figure.axes)
+
+
+# --------------------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("judge", [True, None])
 def test_a_report_is_written_with_and_without_a_judge(judge, tmp_path):
-    models = {
-        n: report.summarise(answers(judge), answers(judge)) for n in ("base", "actor", "rlhf")
-    }
-    assert (models["rlhf"]["judge"] is None) == (judge is None)
-    told = {name: answers(judge) for name in models}
+    told = {name: answers(judge) for name in ("base", "actor", "rlhf")}
+    found = models(judge)
+    assert (found["rlhf"]["judge"] is None) == (judge is None)
     beside = report.side_by_side(told["base"], told)
-    result = {"rows": 8, "models": models}
-    report.write_report(tmp_path, result, report.parts(models, told, beside, pairs()))
+    result = {"rows": 8, "models": found}
+    parts = report.parts(found, told, beside, pairs())
+    assert parts[0][1] is beside and all(len(part) == 3 for part in parts)
+    report.write_report(tmp_path, result, parts)
     assert json.loads((tmp_path / "report.json").read_text()) == result
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png") == (4 if judge else 3)
-    assert ("judge" in report.result_table(models)) == bool(judge)
+    assert page.count("data:image/png") == (4 if judge else 3) == page.count('alt="')
+    assert page.count("<h2>") == len(parts) and "best of 4" in page
+    assert 'name="viewport"' in page and "prefers-color-scheme:dark" in page
+    assert page.count('class="scroll') == page.count("<table>") == 3
+    assert 'alt=""' not in page and "{" not in page.split("</style>")[1]
+
+
+def test_a_report_without_a_reward_model_leaves_its_parts_out():
+    told = {name: answers(True) for name in ("base", "actor", "rlhf")}
+    titles = [title for title, *_ in report.parts(models(), told, pd.DataFrame(), None)]
+    assert len(titles) == 4 and not any("reward model" in title for title in titles)
 
 
 def test_what_a_model_wrote_is_text_and_not_part_of_the_page(tmp_path):
     evil = "<script>document.title = 'gotcha'</script>"
     table = pd.DataFrame({"answer": [evil]})
-    report.write_report(tmp_path, {}, [(evil, evil), ("table", table)])
+    report.write_report(tmp_path, {}, [(evil, evil), ("table", table, evil)])
     page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") == 3
-
-
-@pytest.mark.parametrize(
-    "rows, shown",
-    [
-        ([{"kl": -3.8e-6}, {"kl": 9.5e-7}, {"kl": 0.5824}], ["0", "0", "0.582"]),
-        ([{"reward": 1.0}], None),
-    ],
-)
-def test_samples_do_not_show_what_is_rounding(tmp_path, rows, shown):
-    """At the start policy and reference are one model: their KL is 0 but for the last bits."""
-    with Stage(tmp_path, "rlhf", {}) as stage:
-        stage.samples(rows)
-    table = notebook.samples(tmp_path)
-    assert ("kl" in table) == bool(shown)
-    assert shown is None or [f"{x:.3g}" for x in table["kl"]] == shown
+    assert "<script" not in page and page.count("&lt;script&gt;") == 4

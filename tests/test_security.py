@@ -333,7 +333,7 @@ EVIL_TEXTS = [
 ]
 FIELDS = ("prompt", "response", "kind", "flaw")
 EVIL_ROWS = [
-    {name: f"{name} {i} {text}" for name in FIELDS} | {"step": i, "reward": 0.5, "fixed": True}
+    {name: f"{name} {i} {text}" for name in FIELDS} | {"step": 0, "temperature": 0.0, "reward": 0.5}
     for i, text in enumerate(EVIL_TEXTS)
 ]
 BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable microsoft-edge".split()
@@ -413,12 +413,13 @@ CELLS = (
     "notebook.show(rows)",
     "notebook.show(notebook.examples(rows))",
     "notebook.show(notebook.composition(rows, rows))",
-    "notebook.show(notebook.samples('.'))",
+    "notebook.show(notebook.samples('.', 0))",
     "notebook.explain(Config('smoke', base_model=rows[0]['response']), 'base')",
     "pairs = pd.DataFrame(rows).assign(chosen=range(5), rejected=2.5)\n"
     "notebook.show(report.by_flaw(pairs))\n"
     "report.score_histogram(pairs)",
-    "report.token_strip([row['response'] for row in rows], {'reward': range(5)})",
+    "tokens = [row['response'] for row in rows]\n"
+    "report.token_strip({rows[0]['prompt']: (tokens, {'reward': range(5)})})",
     "for row in rows:\n    print(row['prompt'], row['response'])",
     "display(pd.DataFrame(rows))",
     "from lab.runs import CourseError\nraise CourseError(rows[0]['response'])",
@@ -431,6 +432,7 @@ def notebook_page(tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("notebook")
     with Stage(folder, "rlhf", {}) as stage:
         stage.samples(EVIL_ROWS)
+        stage.samples(row | {"step": 9} for row in EVIL_ROWS)
     (folder / "rows.json").write_text(json.dumps(EVIL_ROWS))
     cells = [nbformat.v4.new_code_cell(text) for text in CELLS]
     cells[-1].metadata["tags"] = ["raises-exception"]
