@@ -76,7 +76,8 @@ def fill(path, name, text):
 def table(columns, rows, words):
     lines = [columns, ["---"] * len(columns), *rows]
     lines[0] = [words.get(column, column) for column in columns]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def answers(rows, words):
