@@ -63,6 +63,8 @@ def main(argv=None):
     parser.add_argument("--root", default=".", help="the folder of a trained course")
     parser.add_argument("--only", nargs="*", help="names of claims; without it: all")
     args = parser.parse_args(argv)
+    from bench import claims_rlhf  # noqa: F401
+
     course, wrong = Course(args.root), []
     for name, it in sorted(CLAIMS.items(), key=lambda pair: pair[1].notebook):
         if args.only and name not in args.only:
