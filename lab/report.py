@@ -670,9 +670,9 @@ def table_html(table):
     head, body = [], [[] for _ in range(len(table))]
     for name, values in zip(table, columns):
         wraps = any(len(value) > 24 for value in values)
-        style = "min-width:14em;white-space:normal" if wraps else "white-space:nowrap"
+        style = "min-width:11em;white-space:normal" if wraps else "white-space:nowrap"
         style = f"text-align:left;{style}"
-        head.append(f'<th style="{style}">{html.escape(str(name))}</th>')
+        head.append(f'<th style="text-align:left;white-space:normal">{html.escape(str(name))}</th>')
         for line, value in zip(body, values):
             line.append(f'<td style="{style}">{html.escape(value)}</td>')
     lines = "\n".join(f"<tr>{''.join(line)}</tr>" for line in body)
