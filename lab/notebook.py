@@ -1,6 +1,7 @@
 """What the cells of a notebook need: parameters in; live curves, source code and tables out."""
 
 import ast
+import base64
 import inspect
 import json
 import re
@@ -128,11 +129,15 @@ def show(table):
 
 
 def draw(svg):
-    """A drawing of lab/drawing.py; its title and description are there as text."""
-    told = re.findall(r"<(?:title|desc)>(.*?)</(?:title|desc)>", svg, re.DOTALL)
-    size = r'width="(\d+)" height="\d+"'  # as wide as the drawing, or as the window if it is narrow
-    svg = re.sub(size, r'width="100%" style="max-width:\1px"', svg, count=1)
-    bundle("\n".join(map(unescape, told)), **{"image/svg+xml": svg})
+    """A drawing of lab/drawing.py; its title and description are there as text.
+
+    The HTML form is an image, because Jupyter shows bare SVG only after you have run the cell.
+    """
+    told = "\n".join(re.findall(r"<(?:title|desc)>(.*?)</(?:title|desc)>", svg, re.DOTALL))
+    width = re.search(r'width="(\d+)"', svg)[1]
+    code = base64.b64encode(svg.encode()).decode()
+    image = f'<img src="data:image/svg+xml;base64,{code}" alt="{told}" width="{width}">'
+    bundle(unescape(told), **{"text/html": image, "image/svg+xml": svg})
 
 
 def bundle(text, **forms):

@@ -1,8 +1,10 @@
 """What the cells of a notebook show, in every form in which they show it."""
 
+import base64
 import inspect
 import re
 import xml.etree.ElementTree as tree
+from html import unescape
 
 import pandas as pd
 import pytest
@@ -122,10 +124,13 @@ def test_the_parameters_are_folded_in_every_form(shown):
 def test_a_drawing_has_its_description_as_text(shown, draw):
     notebook.draw(draw())
     (forms,) = shown
-    assert set(forms) == {"image/svg+xml", "text/plain"}, "Jupyter would prefer markdown to SVG"
+    assert set(forms) == {"text/html", "image/svg+xml", "text/plain"}
+    assert forms["image/svg+xml"] == draw()
     title, description = forms["text/plain"].splitlines()
     assert title and len(description) > 200
-    assert 'width="100%" style="max-width:' in forms["image/svg+xml"]
+    image = re.fullmatch(r'<img src="([^"]*)" alt="([^"]*)" width="[0-9]+">', forms["text/html"])
+    assert unescape(image[2]) == forms["text/plain"]
+    assert base64.b64decode(image[1].split(",")[1]).decode() == draw()
 
 
 # -------------------------------------------------------------------------------------------- data
