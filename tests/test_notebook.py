@@ -5,9 +5,11 @@ import inspect
 import re
 import xml.etree.ElementTree as tree
 from html import unescape
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from markdown_it import MarkdownIt
 
 from lab import CourseError, drawing, notebook, report
@@ -247,6 +249,18 @@ def test_the_last_state_of_a_training_is_shown(monkeypatch):
     line, figure = updates[-2:]
     assert "5/5" in line["text/plain"]
     assert len(figure.axes[0].lines[0].get_ydata()) == 5
+
+
+def test_a_figure_is_described_in_words_where_pictures_are_not_shown(monkeypatch, capsys):
+    shell = SimpleNamespace(run_line_magic=lambda *_: None, display_formatter=DisplayFormatter())
+    monkeypatch.setattr(notebook, "get_ipython", lambda: shell)
+    for name in ("disable_progress_bar", "set_verbosity_error"):
+        monkeypatch.setattr(f"transformers.utils.logging.{name}", lambda: None)
+    notebook.hello("cpu")
+    assert capsys.readouterr().out.startswith("Running on cpu, python 3")
+    figure = report.next_token_bars(["a", "b"], [0.25, 0.75], [0.5, 0.5])
+    words = shell.display_formatter.formatters["text/plain"](figure)
+    assert words == "Next token, actor and rlhf: b 0.75 and 0.50, a 0.25 and 0.50."
 
 
 # ---------------------------------------------------------------------------------------- drawings
