@@ -154,7 +154,7 @@ def as_markdown(table):
     table = report.frame(table).map(report.cell)
     rows = [list(table), *table.values.tolist()]
     lines = [" | ".join(map(markdown_text, row)) for row in rows]
-    lines.insert(1, " | ".join(["---"] * table.shape[1]))
+    lines.insert(1, " | ".join([":---"] * table.shape[1]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
