@@ -18,7 +18,7 @@ def page(width, height, title, description, parts):
     """A whole drawing; title and description are for people who cannot see it."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" style="max-width:100%;height:auto" '
+        f'height="{height}" role="img" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">\n'
         f"<title>{escape(title)}</title>\n<desc>{escape(description)}</desc>\n"
         + "\n".join([HEAD, *parts])
@@ -139,4 +139,4 @@ def course():
     ]
     told.append("3_rlhf starts from the actor and uses the critic. 4_test compares all models.")
     height = tops[-1] + height + 14
-    return page(560, height, "The five stages of the course", " ".join(told), parts)
+    return page(590, height, "The five stages of the course", " ".join(told), parts)

@@ -1,18 +1,22 @@
 """What the cells of a notebook need: parameters in; live curves, source code and tables out."""
 
 import ast
+import base64
 import inspect
+import json
 import re
 import time
 from contextlib import contextmanager
 from dataclasses import fields
-from html import unescape
+from html import escape, unescape
 from unittest import mock
 
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
+from pygments.lexers import PythonLexer
+from pygments.token import STANDARD_TYPES, Token
 from tqdm import tqdm
 
 from lab import CourseError, memory, report
@@ -75,13 +79,49 @@ def explain(cfg, stage):
 
 
 def source(*functions):
-    """The source of functions or classes as it stands in util.py now.
+    """The source of functions or classes as it stands in util.py now, in colours.
 
-    It is a markdown code block, so that Jupyter, Colab and code hosts colour it in their own theme.
+    Hosts that drop HTML get a markdown code block, and others the plain text.
     """
     code = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    bundle(code, **{"text/markdown": f"{fence}python\n{code}\n{fence}"})
+    bundle(
+        code,
+        **{"text/html": coloured(code), "text/markdown": f"{fence}python\n{code}\n{fence}"},
+    )
+
+
+SHADES = {  # token: Jupyter's name of the colour, and a colour for light and dark pages elsewhere
+    Token.Comment: ("comment", "#7C7C7C"),
+    Token.Keyword: ("keyword", "#2F8F46"),
+    Token.Literal.String: ("string", "#C4602F"),
+    Token.Literal.Number: ("number", "#3B82C4"),
+    Token.Name.Function: ("def", "#3B82C4"),
+    Token.Name.Class: ("def", "#3B82C4"),
+    Token.Name.Builtin: ("builtin", "#2F8F46"),
+}
+
+
+def coloured(code):
+    """Python code as HTML: the colours follow Jupyter's theme, and long lines scroll.
+
+    Each token also has its class of Pygments, for hosts that drop styles and keep classes.
+    """
+    spans = []
+    for kind, words in PythonLexer().get_tokens(code):
+        shade = next((SHADES[part] for part in reversed(kind.split()) if part in SHADES), None)
+        text = escape(words, quote=False)
+        if shade:
+            color = f"var(--jp-mirror-editor-{shade[0]}-color, {shade[1]})"
+            text = f'<span class="{STANDARD_TYPES[kind]}" style="color:{color}">{text}</span>'
+        spans.append(text)
+    mono = "var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace)"
+    style = (
+        f"font-family:{mono};font-size:13px;line-height:1.4;margin:0;overflow-x:auto;"
+        "white-space:pre;word-break:normal"
+    )
+    code = "".join(spans)
+    return f'<div class="highlight"><pre style="{style}"><code>{code}</code></pre></div>'
 
 
 def show(table):
@@ -91,9 +131,15 @@ def show(table):
 
 
 def draw(svg):
-    """A drawing of lab/drawing.py; its title and description are there as text."""
-    told = re.findall(r"<(?:title|desc)>(.*?)</(?:title|desc)>", svg, re.DOTALL)
-    bundle("\n".join(map(unescape, told)), **{"image/svg+xml": svg})
+    """A drawing of lab/drawing.py; its title and description are there as text.
+
+    The HTML form is an image, because Jupyter shows bare SVG only after you have run the cell.
+    """
+    told = "\n".join(re.findall(r"<(?:title|desc)>(.*?)</(?:title|desc)>", svg, re.DOTALL))
+    width = re.search(r'width="(\d+)"', svg)[1]
+    code = base64.b64encode(svg.encode()).decode()
+    image = f'<img src="data:image/svg+xml;base64,{code}" alt="{told}" width="{width}">'
+    bundle(unescape(told), **{"text/html": image, "image/svg+xml": svg})
 
 
 def bundle(text, **forms):
@@ -110,7 +156,7 @@ def as_markdown(table):
     table = report.frame(table).map(report.cell)
     rows = [list(table), *table.values.tolist()]
     lines = [" | ".join(map(markdown_text, row)) for row in rows]
-    lines.insert(1, " | ".join(["---"] * table.shape[1]))
+    lines.insert(1, " | ".join([":---"] * table.shape[1]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -156,18 +202,20 @@ def first_of_kind(rows, kind):
 
 
 def examples(rows, most=1000):
-    """Rows that show what the data is like, as a table: of each kind the first row whose response
-    the judge finds right and the first whose response it finds wrong; without a judge the first row
-    of the kind. Looks at the first `most` rows.
+    """Rows that show what the data is like, as a table: of each kind one row whose response the
+    judge finds right and one whose response it finds wrong, both with the right label; without a
+    judge the first row of the kind. It takes the first that it finds in the first `most` rows.
     """
     found = {}
     for row in rows[:most]:
-        score = judge(row, row["response"]) if "response" in row and knows(row) else None
-        of_kind = found.setdefault(row.get("kind", "all"), {})
-        row = row | {"kind": row.get("kind", "all"), "judge's score": score}
-        of_kind.setdefault("first", row)
-        if score is not None and (score > 0.99 or score < 0.01):
-            of_kind.setdefault("right" if score > 0.5 else "wrong", row)
+        kind, score = row.get("kind", "all"), None
+        if "response" in row and knows(row):
+            score = judge(row, row["response"])
+        row = row | {"kind": kind, "judge's score": score}
+        of_kind = found.setdefault(kind, {"first": row})
+        verdict = None if score is None else {1.0: "right", 0.0: "wrong"}.get(round(score, 2))
+        if verdict and verdict not in of_kind and not mislabelled(row):
+            of_kind[verdict] = row
     shown = []
     for _, of_kind in sorted(found.items()):
         judged = [of_kind[verdict] for verdict in ("right", "wrong") if verdict in of_kind]
@@ -175,6 +223,12 @@ def examples(rows, most=1000):
     table = pd.DataFrame(shown)
     names = ["kind", "prompt", "chosen", "rejected", "response", "judge's score"]
     return table[[name for name in names if name in table and table[name].notna().any()]]
+
+
+def mislabelled(row):
+    """Whether the judge prefers the rejected answer of a pair."""
+    pair = "chosen" in row and "rejected" in row
+    return pair and judge(row, row["rejected"]) > judge(row, row["chosen"])
 
 
 def composition(train, evals):
@@ -188,7 +242,7 @@ def composition(train, evals):
         column |= {f"share of {kind}": f"{share:.0%}" for kind, share in sorted(kinds.items())}
         if judged:
             bad = [judge(row, row["response"]) < 0.99 for row in judged]
-            swapped = [judge(row, row["rejected"]) > judge(row, row["chosen"]) for row in judged]
+            swapped = [mislabelled(row) for row in judged]
             column["bad answers of the crowd"] = f"{sum(bad) / len(judged):.0%}"
             column["pairs with the wrong label"] = f"{sum(swapped) / len(judged):.0%}"
         table[name] = column
@@ -247,7 +301,8 @@ def samples(root, temperature):
     answers or cfg.temperature for sampled ones.
     """
     path = artifact(root, "rlhf") / "samples.jsonl"
-    table = pd.read_json(path, lines=True, convert_dates=False, dtype=False)
+    lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
+    table = pd.DataFrame([json.loads(line) for line in lines if line])
     if not {"step", "temperature"} <= set(table):
         raise CourseError(f"{path} comes from an older version. Run 3_rlhf.ipynb again.")
     at = table[(table["temperature"] - temperature).abs() < 1e-9]

@@ -95,7 +95,7 @@ def curves(history, panels, x="step", columns=2):
             ax.plot(steps, values, color=BLUE, marker="o" if len(values) < 12 else None)
         if "log" in scale and len(values) and values.min() > 0:
             log_axis(ax, values)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         ax.set(title=title, xlabel=x, ylabel=fill(unit, 22))
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -103,6 +103,7 @@ def curves(history, panels, x="step", columns=2):
     if any(labels for _, labels in explained):
         handles, labels = next(pair for pair in explained if pair[1])
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+        figure.set_figheight(figure.get_figheight() + 0.3)
     titles = [title for title, *_ in panels.values()]
     figure.set_label(f"Curves over the {x}s: {', '.join(titles)}.")
     return figure
@@ -670,9 +671,9 @@ def table_html(table):
     head, body = [], [[] for _ in range(len(table))]
     for name, values in zip(table, columns):
         wraps = any(len(value) > 24 for value in values)
-        style = "min-width:14em;white-space:normal" if wraps else "white-space:nowrap"
+        style = "min-width:11em;white-space:normal" if wraps else "white-space:nowrap"
         style = f"text-align:left;{style}"
-        head.append(f'<th style="{style}">{html.escape(str(name))}</th>')
+        head.append(f'<th style="text-align:left;white-space:normal">{html.escape(str(name))}</th>')
         for line, value in zip(body, values):
             line.append(f'<td style="{style}">{html.escape(value)}</td>')
     lines = "\n".join(f"<tr>{''.join(line)}</tr>" for line in body)
