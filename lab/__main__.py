@@ -1,35 +1,38 @@
-"""python -m lab: the course without a browser.
+"""python -m lab: runs the course without a browser.
 
-Each stage is its notebook, run by papermill; `course` runs all five. `world` writes the embedded
-data.
+Papermill runs the notebook of each stage; `course` runs all five notebooks. `chat` talks to a
+trained model, `world` writes the embedded data, and `address` enters the repository's address.
 """
 
 import argparse
 import json
 import logging
+import math
 import sys
 import threading
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from lab import CourseError
-from lab.errors import explained
+from lab.errors import explained, plain_errors
 from lab.runs import NOTEBOOKS
 
-HOME = Path(__file__).resolve().parent.parent  # the notebooks lie here, wherever one stands
-STAGES = {  # subcommand: its folder in model/, its name in the metadata of Config
+HOME = Path(__file__).resolve().parent.parent  # the folder of the notebooks
+STAGES = {  # command: (its folder in model/, its name in the metadata of Config)
     "download": ("base", "base"),
     "actor": ("actor", "actor"),
     "critic": ("critic", "critic"),
     "rlhf": ("rlhf", "rlhf"),
     "test": ("report", "test"),
 }
-REWRITE = "\r\033[K"  # to the start of the terminal's line, and empty it
+LANGUAGE_MODELS = ("base", "actor", "rlhf")  # the folders in model/ that `chat` can talk to
+REWRITE = "\r\033[K"  # moves to the start of the terminal's line and empties it
 
 
 class Failed(CourseError):
-    """A notebook that stopped."""
+    """A notebook stopped with an error."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -37,7 +40,10 @@ class Failed(CourseError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Its help ends with a table of parameters, made when asked for: importing torch is slow."""
+    """Appends a table of parameters to the help.
+
+    The table is built only when somebody asks for help, because it imports torch, which is slow.
+    """
 
     table = staticmethod(list)
 
@@ -47,32 +53,83 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    top = Parser(prog="python -m lab", description="The course without a browser.")
+    top = Parser(prog="python -m lab", description="Runs the course without a browser.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    world = commands.add_parser("world", help="write the embedded data, dataset/*.json")
-    world.add_argument("--out", metavar="DIR", default=HOME / "dataset", help="default: dataset")
+    world = commands.add_parser(
+        "world",
+        help="write the embedded data",
+        description="Writes the embedded data: train.json and eval.json.",
+    )
+    world.add_argument(
+        "--out", metavar="DIR", default=HOME / "dataset", help="the folder to write to [dataset]"
+    )
     world.table = world_table
     notebooks = {stage: f"run {NOTEBOOKS[folder]}" for stage, (folder, _) in STAGES.items()}
     for name, text in {**notebooks, "course": "run all five notebooks"}.items():
-        note = f"{text}. The defaults below are those of the preset tiny. Relative paths among"
-        note += " the parameters count from the folder of the notebooks."
-        command = commands.add_parser(name, help=text, description=note)
+        commands.add_parser(
+            name, help=text, description=f"Runs{text[3:]}. The result goes to model/. {TABLE_NOTE}"
+        )
+    chat = commands.add_parser(
+        "chat", help="talk to a trained model", description=f"{CHAT_NOTE} {TABLE_NOTE}"
+    )
+    chat.add_argument(
+        "stage",
+        nargs="?",
+        choices=LANGUAGE_MODELS,
+        default="rlhf",
+        help="the model to talk to: base, actor or rlhf [rlhf]",
+    )
+    chat.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=1.0,
+        help="the sampling temperature; 0 always takes the most likely token [1]",
+    )
+    chat.add_argument("--seed", metavar="N", help="the same as --set seed=N")
+    for name in (*notebooks, "course", "chat"):
+        command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
-        command.add_argument("--config", metavar="FILE", help="YAML, for one stage or for all")
+        command.add_argument(
+            "--config", metavar="FILE", help="a YAML file with parameters of one or more stages"
+        )
         command.table = lambda name=name: [
             (f.name, f.default, f.metadata["meaning"]) for f in read_by(name)
         ]
     for command in commands.choices.values():
-        setting = {"metavar": "NAME=VALUE", "help": "a parameter; may be repeated"}
+        setting = {"metavar": "NAME=VALUE", "help": "set a parameter; you may repeat this"}
         command.add_argument("--set", action="append", default=[], **setting)
+    address = commands.add_parser(
+        "address",
+        help="enter the address of your repository",
+        description="Writes the address of your git repository into the setup cells of the "
+        "notebooks and into the READMEs, with links that open the notebooks in Colab if the "
+        "repository is on GitHub. Run it again to change the address.",
+    )
+    address.add_argument(
+        "url", metavar="URL", help='https://github.com/OWNER/REPOSITORY, or "" to remove it'
+    )
     return top
 
 
+TABLE_NOTE = (
+    "The table shows the defaults of the preset tiny. Relative paths start at the folder of the "
+    "notebooks."
+)
+CHAT_NOTE = (
+    "Talks to a trained model in the terminal. The models know single questions only, so every "
+    "question stands alone: a model does not see what you asked before. If the judge knows the "
+    "kind of question, it grades the answer; it forgives the case of letters, extra spaces and a "
+    "missing mark at the end, and the model gets the question in its usual spelling. An empty line "
+    "or Ctrl-C ends the chat."
+)
+
+
 def read_by(command):
-    """The fields of Config that a notebook reads, or any of them."""
+    """The fields of Config that a command reads; `course` reads all of them."""
     from util import Config
 
-    stage = STAGES.get(command, ("", None))[1]
+    stage = "all" if command == "chat" else STAGES.get(command, ("", None))[1]
     return [f for f in fields(Config) if stage is None or {"all", stage} & {*f.metadata["stages"]}]
 
 
@@ -83,14 +140,15 @@ def world_table():
 
 
 def assignments(pairs):
-    """["seed=1"] as {"seed": "1"}."""
+    """Turns ["seed=1"] into {"seed": "1"}."""
     for pair in pairs:
         if "=" not in pair:
-            raise CourseError(f"--set wants NAME=VALUE, not {pair!r}.")
+            raise CourseError(f"--set needs NAME=VALUE, for example seed=1; it got {pair!r}.")
     return {name.strip(): value.strip() for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
 def from_yaml(path):
+    """The parameters in a YAML file, {name: value}."""
     import yaml
 
     try:
@@ -108,18 +166,23 @@ def from_yaml(path):
 
 
 def parameters(args):
-    """What was given, typed by Config, and the root folder. What cannot work is found here."""
+    """The given parameters, checked and typed by Config, and the root folder."""
     from util import Config
 
     typed = assignments(args.set) | ({"preset": args.preset} if args.preset else {})
+    if args.command == "chat" and args.seed is not None:
+        typed["seed"] = args.seed
     given = (from_yaml(args.config) if args.config else {}) | typed
     root = HOME / str(given.get("root", "."))
-    # Behind 0_download the base model exists, and the preset `auto` is the one that suits it.
+    # After 0_download there is a base model, and the preset `auto` means the one that suits it.
     build = Config if args.command in ("course", "download") else Config.of
     config = build(**given | {"root": str(root)})
     own = {f.name for f in read_by(args.command)}
-    if lost := [name for name in typed if name not in own]:  # in a file they are for other stages
-        raise CourseError(f"{args.command} does not read {', '.join(lost)}: see its --help.")
+    if lost := [name for name in typed if name not in own]:  # a file may serve other stages too
+        raise CourseError(
+            f"{args.command} does not read {', '.join(lost)}. `python -m lab {args.command} "
+            "--help` lists the parameters that it reads."
+        )
     kept = {name: str(given[name]) for name in ("preset", "root") if name in given}
     return {name: getattr(config, name) for name in given} | kept, root
 
@@ -129,7 +192,7 @@ def parameters(args):
 
 
 def run_notebook(stage, given, root):
-    """Runs one notebook. The executed copy goes to model/notebooks, that of a failure as well."""
+    """Runs one notebook. The executed copy goes to model/notebooks, also after a failure."""
     from papermill import PapermillExecutionError, execute_notebook
 
     notebook = NOTEBOOKS[STAGES[stage][0]]
@@ -144,15 +207,15 @@ def run_notebook(stage, given, root):
             return
         except PapermillExecutionError as error:
             reason = f"{error.ename}: {error.evalue}".strip(": ").split("\n")[0]
-        except RuntimeError as error:  # the kernel itself died, or did not start
-            reason = f"{type(error).__name__}: {error or 'is there memory enough?'}"
-    raise Failed(f"{notebook} stopped. {reason}\nThe notebook as far as it came: {copy}")
+        except RuntimeError as error:  # the kernel died or did not start
+            reason = f"{type(error).__name__}: {error or 'the memory may be too small.'}"
+    raise Failed(f"{notebook} stopped. {reason}\nThe notebook up to the error: {copy}")
 
 
 class Progress:
-    """How far a notebook is, from the metrics that its stage writes line by line.
+    """Prints how far a notebook is, from the metrics that its stage writes.
 
-    On a terminal one line, rewritten every second; elsewhere a line every 20 seconds.
+    In a terminal it rewrites one line every second; elsewhere it prints a line every 20 seconds.
     """
 
     def __init__(self, model, folder):
@@ -186,32 +249,115 @@ class Progress:
         return f"{self.name:11} {self.status:40} {time.time() - self.began:4.0f} s"
 
     def fresh(self, path):
-        """The last line of a file as JSON (stage.json as a whole), if this run wrote it."""
+        """The JSON in the last line of a file, or in the whole stage.json, if this run wrote it."""
         try:
             if path.stat().st_mtime < self.began:
                 return None
             text = path.read_text(encoding="utf-8")
             return json.loads(text if path == self.record else text.splitlines()[-1])
-        except (OSError, ValueError, IndexError):  # not there, or half a line
+        except (OSError, ValueError, IndexError):  # there is no file, or half a line
             return None
 
 
 def show_result(folder):
-    """The table of 4_test, a column a model, and where to read more."""
-    from lab.report import result_table
-
+    """Prints what 4_test found: the models, then the judge's mean of every kind of question."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    unknown = float("nan")
-    models = {
-        name: {k: unknown if v is None and k[:5] != "judge" else v for k, v in model.items()}
-        for name, model in report["models"].items()
-    }
-    print(f"\n{report['rows']} held-out questions")
-    print(result_table(models).T.to_string(na_rep="-").replace("nan", "  -"))
+    models = dict(report["models"])
+    if best := report.get("best_of"):
+        models[f"best of {best['n']}"] = best
+    judged = any(model["judge"] for model in models.values())
+    print(f"\n{report['rows']} held-out questions. Means; the length in tokens, the KL in nats.")
+    if judged:
+        print("The judge's mean of sampled and of greedy answers, with its 95 % interval:")
+    print_aligned(overview(models, report["rows"], judged))
+    if judged:
+        print("\nThe judge's means by kind of question, sampled / greedy")
+        print_aligned(by_kind(models))
     accuracy = (report.get("critic") or {}).get("accuracy")
     if accuracy is not None:
-        print(f"The critic prefers the better answer in {accuracy:.0%} of the held-out pairs.")
-    print(f"The report: {folder / 'report.html'}")
+        print(f"\nThe reward model is right about {accuracy:.0%} of the held-out pairs.")
+    print(f"Read the whole report: {folder / 'report.html'}")
+
+
+def overview(models, rows, judged):
+    """The lines of the result, a line for each model: the judge's mean of its sampled answers
+    beside that of its greedy ones, and the means of all other figures."""
+    numbers = {"reward": ".2f", "kl": ".2f", "length": ".1f", "distinct_2": ".2f", "eos": ".0%"}
+    numbers |= {"metric": ".3g"} if any("metric" in model for model in models.values()) else {}
+    heads = {"kl": "KL", "distinct_2": "distinct-2", "eos": "ended"}
+    head = ["model", "questions", *["sampled", "greedy"] * judged]
+    yield head + [heads.get(name, name) for name in numbers]
+    for name, model in models.items():
+        line = [name, str(model.get("questions", rows))]
+        if judged:
+            line += [with_interval(model["judge"]), with_interval(model["judge_greedy"])]
+        yield line + [number(model.get(name), form) for name, form in numbers.items()]
+
+
+def with_interval(judge):
+    return f"{judge['mean']:.2f} ({judge['low']:.2f}-{judge['high']:.2f})" if judge else "-"
+
+
+def number(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def by_kind(models):
+    """The lines of the judge's means by kind, with a column for each model."""
+    models = {name: model for name, model in models.items() if model["judge"]}
+    yield ["kind", *models]
+    kinds = dict.fromkeys(kind for model in models.values() for kind in model["judge"]["kinds"])
+    for kind in kinds:
+        line = [kind]
+        for model in models.values():
+            both = model["judge"], model["judge_greedy"]
+            line.append(" / ".join(number(x["kinds"].get(kind), ".2f") for x in both if x))
+        yield line
+
+
+def print_aligned(lines):
+    """Prints rows of texts as columns, the first column to the left."""
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *rest in lines:
+        cells = [text.rjust(width) for text, width in zip(rest, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Talking to a model
+
+
+@plain_errors
+def chat(args):
+    """Loads a model and talks in the terminal."""
+    import util
+    from lab.chat import talk
+    from lab.tokens import stops_of
+
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise CourseError(f"--temperature {args.temperature} is impossible: it must be 0 or more.")
+    given, root = parameters(args)
+    cfg = util.Config.of(**given | {"root": str(root)})
+    tokenizer, model = util.load_pair(cfg, args.stage)
+    reply = partial(answer_ids, cfg, tokenizer, model, args.temperature)
+    talk(args.stage, reply, tokenizer, stops_of(model, tokenizer))
+
+
+def answer_ids(cfg, tokenizer, model, temperature, row, number):
+    """Yields the ids of the answer to question `number`, which has random numbers of its own."""
+    import util
+    from lab.chat import stream
+
+    prompt = util.encode_prompts(tokenizer, [row["prompt"]], cfg, model.device)
+    how = util.sampling(cfg, model, tokenizer, temperature)
+    generator = util.rng_for(cfg, "chat", number)
+    uniforms = util.draw_uniforms(1, how["max_new_tokens"], generator, model.device)
+    choose = partial(util.pick, temperature=how["temperature"], top_k=0, top_p=1.0)
+    return stream(model, *prompt, uniforms, choose, how["eos_token_id"], cfg)
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def make_world(args):
@@ -221,9 +367,20 @@ def make_world(args):
         print(path)
 
 
+def enter_address(args):
+    from lab.address import write_address
+
+    changed = write_address(args.url, HOME)
+    print("\n".join(map(str, changed)) or "Nothing to change: the address is there already.")
+
+
 def run(args):
     if args.command == "world":
         return make_world(args)
+    if args.command == "chat":
+        return chat(args)
+    if args.command == "address":
+        return enter_address(args)
     given, root = parameters(args)
     for stage in STAGES if args.command == "course" else [args.command]:
         run_notebook(stage, given, root)
@@ -240,13 +397,13 @@ def main(argv=None):
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, Failed) else 2
-    except OSError as error:  # a full or closed disk, a file in the way
+    except OSError as error:  # for example a full disk, or no permission to write
         if (told := explained(error)) is None:
             raise
         print(told, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. What was finished stays.", file=sys.stderr)
+        print("\nStopped. Finished stages are kept.", file=sys.stderr)
         return 130
     return 0
 

@@ -67,6 +67,16 @@ def test_the_help_of_world_lists_its_fields(capsys):
     assert listed(capsys, "world") == [f.name for f in fields(world.World)]
 
 
+def test_the_help_of_chat_lists_what_it_reads_and_says_that_questions_stand_alone(capsys):
+    stages = {f.name: f.metadata["stages"] for f in fields(Config)}
+    with pytest.raises(SystemExit):
+        driver.main(["chat", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "every question stands alone" in said
+    assert "{base,actor,rlhf}" in said and "--temperature T" in said
+    assert listed(capsys, "chat") == [n for n, s in stages.items() if "all" in s]
+
+
 def test_plain_help_does_not_wait_for_torch():
     code = "import sys; from lab.__main__ import parser; parser().format_help(); "
     code += "sys.exit('torch' in sys.modules or 'util' in sys.modules)"
@@ -187,7 +197,7 @@ def test_a_notebook_that_fails_is_one_sentence_and_ends_the_course(home, capfd, 
     notebook(home / "0_download.ipynb", source)
     assert driver.main(["course"]) == 1
     copy = home / "model" / "notebooks" / "0_download.ipynb"
-    said = f"0_download.ipynb stopped. {reason}\nThe notebook as far as it came: {copy}\n"
+    said = f"0_download.ipynb stopped. {reason}\nThe notebook up to the error: {copy}\n"
     assert capfd.readouterr().err == said
     assert copy.exists()
 
@@ -216,28 +226,58 @@ def scores(mean):
     return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02, "kinds": kinds}
 
 
-def model(mean, judged=True):
+def model(mean, judged=True, greedy=True):
     rest = {"reward": None, "kl": 1.25, "length": 17.5, "distinct_2": 0.625, "eos": 1.0}
-    judge = {"judge": scores(mean), "judge_greedy": scores(mean + 0.05)}
+    judge = {"judge": scores(mean), "judge_greedy": scores(mean + 0.05) if greedy else None}
     return (judge if judged else dict.fromkeys(judge)) | rest
 
 
-@pytest.mark.parametrize("judged", [True, False])
-def test_the_table_stands_at_the_end(home, calls, capsys, judged):
-    folder = home / "model" / "report"
-    folder.mkdir(parents=True)
-    means = {"base": 0.11, "actor": 0.47, "rlhf": 0.83}
-    models = {name: model(mean, judged) for name, mean in means.items()}
-    report = {"rows": 600, "models": models, "critic": {"accuracy": 0.93 if judged else None}}
-    (folder / "report.json").write_text(json.dumps(report))
-    assert driver.main(["test"]) == 0
-    said = capsys.readouterr().out
-    lines = {line.split("  ")[0]: line for line in said.splitlines()}
-    assert "600 held-out" in said and str(folder / "report.html") in said
-    assert lines["reward"].split() == ["reward", "-", "-", "-"]
-    assert lines["KL (nats)"].split()[2:] == ["1.25"] * 3
-    if judged:
-        assert re.findall(r"\d\.\d\d(?= \()", lines["judge, sampled"]) == ["0.11", "0.47", "0.83"]
-        assert lines["sql"].split() == ["sql", "0.01", "0.37", "0.73"]
-        assert "93%" in said
-    assert max(map(len, said.replace(str(home), "").splitlines())) <= 100
+@pytest.fixture
+def printed(home, calls, capsys):
+    """Runs `test` with a finished report; returns what it prints, below the name of each line."""
+
+    def run(report):
+        folder = home / "model" / "report"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
+        assert driver.main(["test"]) == 0
+        said = capsys.readouterr().out
+        assert str(folder / "report.html") in said
+        said = said.replace(str(home), "")
+        assert max(map(len, said.splitlines())) <= 100
+        tables = [re.split(r"\n", part) for part in said.strip().split("\n\n")]
+        lines = [{re.split(r"  +", x)[0]: re.split(r"  +", x)[1:] for x in part} for part in tables]
+        return said, lines[1:]
+
+    return run
+
+
+def test_the_table_shows_sampled_beside_greedy(printed):
+    models = {
+        name: model(mean) for name, mean in zip(("base", "actor", "rlhf"), (0.11, 0.47, 0.83))
+    }
+    best = model(0.6, greedy=False) | {"n": 4, "questions": 250}
+    said, (table, kinds, _) = printed(
+        {"rows": 600, "models": models, "best_of": best, "critic": {"accuracy": 0.93}}
+    )
+    assert "600 held-out questions" in said and "93%" in said
+    assert table["model"][:3] == ["questions", "sampled", "greedy"]
+    assert table["base"][:3] == ["600", "0.11 (0.09-0.13)", "0.16 (0.14-0.18)"]
+    assert table["rlhf"] == [
+        "600", "0.83 (0.81-0.85)", "0.88 (0.86-0.90)", "-", "1.25", "17.5", "0.62", "100%",
+    ]  # fmt: skip
+    assert table["best of 4"][:3] == ["250", "0.60 (0.58-0.62)", "-"]
+    assert kinds["kind"] == ["base", "actor", "rlhf", "best of 4"]
+    assert kinds["sql"] == ["0.01 / 0.06", "0.37 / 0.42", "0.73 / 0.78", "0.50"]
+    assert kinds["unknown"] == ["0.21 / 0.26", "0.57 / 0.62", "0.93 / 0.98", "0.70"]
+
+
+def test_the_table_without_a_judge_shows_what_there_is(printed):
+    models = {name: model(0, judged=False) for name in ("base", "actor", "rlhf")}
+    models = {name: entry | {"metric": 12.34} for name, entry in models.items()}
+    said, (table, *rest) = printed({"rows": 600, "models": models, "critic": None})
+    assert table["model"] == [
+        "questions", "reward", "KL", "length", "distinct-2", "ended", "metric",
+    ]  # fmt: skip
+    assert table["actor"] == ["600", "-", "1.25", "17.5", "0.62", "100%", "12.3"]
+    assert "kind" not in said and "reward model" not in said

@@ -689,13 +689,13 @@ def yaml_of_bytes(course):
     course.line = "rlhf --config my.yaml"
 
 
-@fault(PARAMETERS, "command", r"--set wants NAME=VALUE, not 'seed'\.")
+@fault(PARAMETERS, "command", r"--set needs NAME=VALUE.*it got 'seed'\.")
 def set_without_value(course):
     """python -m lab actor --set seed"""
     course.line = "actor --set seed"
 
 
-@fault(PARAMETERS, "command", r"actor does not read kl_coef: see its --help")
+@fault(PARAMETERS, "command", r"actor does not read kl_coef\. .*--help` lists")
 def parameter_of_another_stage(course):
     """python -m lab actor --set kl_coef=0.1"""
     course.line = "actor --set kl_coef=0.1"
