@@ -304,7 +304,7 @@ def fault(group, act, seen, promise="", stopped=False):
 INPUT = "bad input"
 
 
-@fault(INPUT, "rows", r"train\.json, line 7: this is not valid JSON.*one JSON object a line")
+@fault(INPUT, "rows", r"train\.json, line 7: this is not valid JSON.*one JSON object per line")
 def broken_line(course):
     """line 7 of train.json ends in the middle"""
     lines = course.train.read_text().splitlines()
@@ -319,13 +319,13 @@ def list_cut_off(course):
     course.train.write_text(json.dumps(rows, indent=1)[:-30])
 
 
-@fault(INPUT, "critic", r"train\.json, line 5: the field 'chosen' is missing; there are: prompt")
+@fault(INPUT, "critic", r"train\.json, line 5: the field 'chosen' is missing; the row has prompt")
 def missing_field(course):
     """a row has only a prompt"""
     course.edit_row(5, chosen=None, rejected=None, response=None)
 
 
-@fault(INPUT, "critic", r"line 5: the field 'chosen' is missing; did you mean 'choosen'\?")
+@fault(INPUT, "critic", r"line 5: the field 'chosen' is missing; the row has 'choosen': rename it")
 def misnamed_field(course):
     """a row says "choosen" instead of "chosen\""""
     course.edit_row(5, chosen=None, choosen="yes")
@@ -350,37 +350,37 @@ def row_is_a_list(course):
     course.train.write_text("\n".join([*lines[:2], '["Human: Hi", "Hello"]', *lines[2:]]))
 
 
-@fault(INPUT, "rows", r"train\.json holds no rows: a file holds one JSON object a line")
+@fault(INPUT, "rows", r"train\.json contains no rows: write one JSON object per line")
 def empty_file(course):
     """train.json is empty"""
     course.train.write_bytes(b"")
 
 
-@fault(INPUT, "rows", r"train\.json holds no rows")
+@fault(INPUT, "rows", r"train\.json contains no rows")
 def blank_file(course):
     """train.json holds blank lines only"""
     course.train.write_text("\n  \n\n")
 
 
-@fault(INPUT, "rows", r"train\.json is not there: `python -m lab world`")
+@fault(INPUT, "rows", r"train\.json does not exist: run `python -m lab world`")
 def no_file(course):
     """train.json is not there"""
     course.train.unlink()
 
 
-@fault(INPUT, "eval rows", r"eval\.json is not there: `python -m lab world`")
+@fault(INPUT, "eval rows", r"eval\.json does not exist: run `python -m lab world`")
 def no_eval_file(course):
     """eval.json is not there"""
     course.evals.unlink()
 
 
-@fault(INPUT, "base", r"train\.json is not there: `python -m lab world`")
+@fault(INPUT, "base", r"train\.json does not exist: run `python -m lab world`")
 def no_file_for_the_base(course):
     """train.json is not there when 0_download begins"""
     course.train.unlink()
 
 
-@fault(INPUT, "critic", r"train\.json.*(must be a file you may read|is a directory|folder)")
+@fault(INPUT, "critic", r"train\.json.*(must be a file that you may read|is a directory|folder)")
 def folder_for_a_file(course):
     """a folder stands where train.json belongs"""
     course.train.unlink()
@@ -394,7 +394,7 @@ def unreadable_file(course):
     course.train.chmod(0)
 
 
-@fault(INPUT, "actor", r"line 4 \(the first of 2\): the field 'response' is empty: fill it")
+@fault(INPUT, "actor", r"line 4 \(the first of 2\): the field 'response' is empty: fill it in")
 def empty_answers(course):
     """two rows have an empty answer"""
     course.edit_row(4, response="")
@@ -420,19 +420,19 @@ def utf_16(course):
     course.train.write_bytes(course.train.read_text().encode("utf-16"))
 
 
-@fault(INPUT, "rows", r"line 2: there are NUL characters: remove them")
+@fault(INPUT, "rows", r"line 2: the text contains NUL characters: remove them")
 def nul_characters(course):
     """a prompt holds a NUL character"""
     course.edit_row(2, prompt="Hi\0there")
 
 
-@fault(INPUT, "rows", r"line 1: half a character, like \\ud800: remove it")
+@fault(INPUT, "rows", r"line 1: .* half of a surrogate pair, like \\ud800: remove it")
 def half_a_character(course):
     """an answer holds one half of a surrogate pair"""
     course.edit(course.train, '"chosen": "', '"chosen": "\\ud800')
 
 
-@fault(INPUT, "rows", r"line 1: NaN is no JSON: write null")
+@fault(INPUT, "rows", r"line 1: NaN is not valid JSON: write null")
 def nan_in_json(course):
     """a row holds NaN, which JSON does not know"""
     course.edit(course.train, '"kind": ', '"score": NaN, "kind": ')
@@ -486,7 +486,7 @@ def no_pairs_to_measure(course):
     course.evals.write_text("\n".join(lines))
 
 
-@fault(INPUT, "rows", r"preference_share = 0\.001 of 300 rows is none")
+@fault(INPUT, "rows", r"preference_share = 0\.001 of 300 rows gives no row")
 def share_without_rows(course):
     """the share of a stage is less than a row"""
     course.changes |= dict(preference_share=0.001)

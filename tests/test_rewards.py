@@ -382,7 +382,7 @@ def test_rows_of_a_reader_are_checked_like_any_other(here, tmp_path):
         util.load_eval_rows(cfg("read"))
     with pytest.raises(CourseError, match="eval.json, row 2: the field 'prompt' is empty"):
         util.load_eval_rows(cfg("no_list"))
-    with pytest.raises(CourseError, match="holds no rows"):
+    with pytest.raises(CourseError, match="contains no rows"):
         util.load_eval_rows(cfg("no_rows"))
     with pytest.raises(CourseError, match="reader = 'own_reader_b.reed' cannot be had"):
         util.load_eval_rows(cfg("reed"))
