@@ -90,7 +90,7 @@ def opening(path, part=""):
         if not asks:
             raise
         raise CourseError(
-            f"{path} will not load: trust_remote_code = True runs the code that the model brings "
+            f"{path} does not load: trust_remote_code = True runs the code that the model brings "
             "along; read it first."
         ) from None
 
@@ -107,10 +107,10 @@ def load(kind, path, cfg, may_lack="", **extra):
         model, found = kind.from_pretrained(path, **safe, **told, **extra)
     lost = [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]
     if lost:
-        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
+        raise CourseError(f"{path} does not load: it lacks {len(lost)} weights, like {lost[0]}.")
     for name, there, wanted in found["mismatched_keys"]:
         shapes = f"the shape {tuple(there)}, not {tuple(wanted)}"
-        raise CourseError(f"{path} will not load: {name} has {shapes}.")
+        raise CourseError(f"{path} does not load: {name} has {shapes}.")
     return (model if "device_map" in extra else model.to(pick_device(cfg))).eval()
 
 

@@ -1,4 +1,4 @@
-"""0_download: which base model is taken, and what happens when one will not load."""
+"""0_download: which base model is taken, and what happens when one does not load."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_without_a_gpu_auto_is_tiny():
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/anywhere"])
 def test_a_model_that_cannot_be_had_is_replaced_by_tiny_and_the_reason_is_told(name):
     source, why, _ = util.choose_base(util.Config("smoke", base_model=name))
-    assert source == "tiny" and why.startswith(f"{name} will not load (")
+    assert source == "tiny" and why.startswith(f"{name} does not load (")
     assert "\n" not in why
 
 

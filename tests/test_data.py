@@ -255,7 +255,10 @@ def test_what_is_not_needed_may_be_empty_equal_or_missing(tmp_path):
             {"prompt": "x", "chosn": "y"},
             "the field 'chosen' is missing; the row has 'chosn': rename it to 'chosen'.",
         ),
-        ({"Prompt": "x", "chosen": "y"}, "the field 'prompt' is missing; the row has 'Prompt': rename it to 'prompt'."),
+        (
+            {"Prompt": "x", "chosen": "y"},
+            "the field 'prompt' is missing; the row has 'Prompt': rename it to 'prompt'.",
+        ),
         ({"prompt": "x", "a": "y"}, "the field 'chosen' is missing; the row has prompt, a."),
         ({}, "the field 'prompt' is missing; the row has no fields."),
         ({"n\nm": 1, "k" * 99: 2}, "the field 'prompt' is missing; the row has n m, ..."),

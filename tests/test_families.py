@@ -607,7 +607,7 @@ def forget_their_code():
 
 
 def test_their_code_runs_only_when_it_is_asked_for(theirs, cfg, modules):
-    (ask, remedy) = ("will not load: trust_remote_code = True runs the code", "; read it first.")
+    (ask, remedy) = ("does not load: trust_remote_code = True runs the code", "; read it first.")
     for load in (util.load_actor, util.load_scorer):
         with pytest.raises(CourseError) as told:
             load(theirs, cfg)

@@ -866,46 +866,46 @@ def model_is_a_file(course):
     course.model().write_text("my notes")
 
 
-@fault(FILES, "base", r"A file stands where a folder belongs.*\(model\).*move it away")
+@fault(FILES, "base", r"A file is where a folder should be.*\(model\).*move it away")
 def file_for_a_folder(course):
     """a file stands where model/ belongs"""
     model_is_a_file(course)
 
 
-@fault(FILES, "command", r"A file stands where a folder belongs.*model.*move it away")
+@fault(FILES, "command", r"A file is where a folder should be.*model.*move it away")
 def file_for_a_folder_of_the_shell(course):
     """a file stands where model/ belongs, for python -m lab base"""
     model_is_a_file(course)
     course.line = "download"
 
 
-@fault(FILES, "actor", r"model/actor was not written.*A file stands where a folder belongs")
+@fault(FILES, "actor", r"model/actor was not written.*A file is where a folder should be")
 def file_for_the_unfinished(course):
     """a file stands where model/.actor.partial belongs"""
     course.model(".actor.partial").write_text("my notes")
 
 
-@fault(FILES, "command", r"A file stands where a folder belongs.*move it away")
+@fault(FILES, "command", r"A file is where a folder should be.*move it away")
 def file_for_the_world(course):
     """python -m lab world --out FILE"""
     Path("notes").write_text("my notes")
     course.line = "world --out notes"
 
 
-@fault(FILES, "actor", r"model/actor was not written\. There is no permission to write here.*model")
+@fault(FILES, "actor", r"model/actor was not written\. You have no permission to write here.*model")
 def no_permission(course):
     """the user may read model/, but not write there"""
     read_only(course)
 
 
-@fault(FILES, "command", r"There is no permission to write here.*model")
+@fault(FILES, "command", r"You have no permission to write here.*model")
 def no_permission_of_the_shell(course):
     """the user may not write to model/, for python -m lab actor"""
     read_only(course)
     course.line = "actor"
 
 
-@fault(FILES, "base", r"There is no permission to write here.*tokenizer")
+@fault(FILES, "base", r"You have no permission to write here.*tokenizer")
 def no_permission_for_the_tokenizer(course):
     """the user may not write to tokenizer/ when 0_download ends"""
     read_only(course)
@@ -913,26 +913,26 @@ def no_permission_for_the_tokenizer(course):
         path.chmod(0o777)
 
 
-@fault(FILES, "rlhf", r"model/rlhf was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "rlhf", r"model/rlhf was not written\. The disk is full.*free some space, then run")
 def full_while_checkpointing(course):
     """the disk is full when a checkpoint is written"""
     course.in_child = no_larger_than(100_000)
 
 
-@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*free some space, then run")
 def full_while_publishing(course):
     """the disk is full when the finished weights are written"""
     course.changes |= dict(checkpoint_minutes=60)
     course.in_child = no_larger_than(100_000)
 
 
-@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*free some space, then run")
 def full_while_logging(course):
     """the disk is full when the first metrics are written"""
     course.in_child = no_larger_than(16)
 
 
-@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*free some space, then run")
 def full_at_the_last_file(course):
     """the disk is full when stage.json is written"""
     write = Path.write_text
@@ -945,7 +945,7 @@ def full_at_the_last_file(course):
     course.patch.setattr(Path, "write_text", full)
 
 
-@fault(FILES, "command", r"The disk is full.*make room")
+@fault(FILES, "command", r"The disk is full.*free some space")
 def full_while_writing_the_world(course):
     """the disk is full when python -m lab world writes"""
     course.in_child, course.line = no_larger_than(1_000), "world --set rows=50 --out new"
@@ -1115,27 +1115,27 @@ def killed_while_saving(course):
 MODELS = "hub and models"
 
 
-@fault(MODELS, "base", r"nobody/nothing will not load \(.*(offline|connect|cached).*base_model")
+@fault(MODELS, "base", r"nobody/nothing does not load \(.*(offline|connect|cached).*base_model")
 def model_nobody_has(course):
     """base_model = "nobody/nothing", fallback = False"""
     course.changes |= dict(base_model="nobody/nothing", fallback=False)
 
 
 @fault(
-    MODELS, "choose", r"nobody/nothing will not load \(.+\)\..* So the embedded tiny model", "on"
+    MODELS, "choose", r"nobody/nothing does not load \(.+\)\..* So the embedded tiny model", "on"
 )
 def model_nobody_has_with_fallback(course):
     """base_model = "nobody/nothing\""""
     course.changes |= dict(base_model="nobody/nothing")
 
 
-@fault(MODELS, "choose", r"facebook/opt-125m will not load \(.+\)\..* So the embedded tiny", "on")
+@fault(MODELS, "choose", r"facebook/opt-125m does not load \(.+\)\..* So the embedded tiny", "on")
 def hub_is_down(course):
     """there is a GPU, but no network"""
     course.patch.setattr("lab.models.find_device", lambda name: torch.device("cuda"))
 
 
-@fault(MODELS, "base", r"mine will not load \(.*no file named model\.safetensors.*\)")
+@fault(MODELS, "base", r"mine does not load \(.*no file named model\.safetensors.*\)")
 def pickle_only(course):
     """base_model is a folder whose weights are a pickle"""
     folder = course.mine()
@@ -1144,7 +1144,7 @@ def pickle_only(course):
 
 
 @fault(
-    MODELS, "base", r"mine will not load: it lacks 1 weights, like model\.decoder\.layers\.0\.fc1"
+    MODELS, "base", r"mine does not load: it lacks 1 weights, like model\.decoder\.layers\.0\.fc1"
 )
 def some_weights_lacking(course):
     """base_model lacks a layer's weights"""
@@ -1154,7 +1154,7 @@ def some_weights_lacking(course):
     save_file(weights, path, {"format": "pt"})
 
 
-@fault(MODELS, "base", r"mine will not load.*model\.decoder\.layers\.0\.fc1\.weight.*(size|shape)")
+@fault(MODELS, "base", r"mine does not load.*model\.decoder\.layers\.0\.fc1\.weight.*(size|shape)")
 def weights_of_another_shape(course):
     """base_model has a layer of another shape"""
     path = course.mine() / "model.safetensors"
@@ -1163,13 +1163,13 @@ def weights_of_another_shape(course):
     save_file(weights, path, {"format": "pt"})
 
 
-@fault(MODELS, "base", r"mine will not load \(.*mine/config\.json' is not a valid JSON file")
+@fault(MODELS, "base", r"mine does not load \(.*mine/config\.json' is not a valid JSON file")
 def broken_model_config(course):
     """config.json of base_model is broken"""
     (course.mine() / "config.json").write_text('{"model_type": "opt",')
 
 
-@fault(MODELS, "base", r"(The tokenizer in mine|mine will not load).*(knows|tokenizer)")
+@fault(MODELS, "base", r"(The tokenizer in mine|mine does not load).*(knows|tokenizer)")
 def no_tokenizer(course):
     """base_model has no tokenizer"""
     folder = course.mine()
@@ -1212,7 +1212,7 @@ def base_reads_too_little(course):
     course.changes |= dict(max_prompt=200)
 
 
-@fault(MODELS, "base", r"dataset will not load \(Unrecognized model in dataset")
+@fault(MODELS, "base", r"dataset does not load \(Unrecognized model in dataset")
 def folder_without_a_model(course):
     """base_model is a folder without a model"""
     course.changes |= dict(base_model="dataset", fallback=False)
@@ -1307,7 +1307,7 @@ def no_memory_for_the_test(course):
     course.tight("encode_prompts", 0, 1)
 
 
-@fault(TRAINING, "rlhf", r"KL is \S+ nats an answer, beyond kl_limit = 1e-06: the policy has", "on")
+@fault(TRAINING, "rlhf", r"KL is \S+ nats per answer, above kl_limit = 1e-06: the policy is", "on")
 def beyond_kl_limit(course):
     """KL is above kl_limit"""
     course.changes |= dict(kl_limit=1e-6, policy_lr=1e-2, kl_estimator="k3")
@@ -1327,7 +1327,7 @@ def beyond_kl_limit_and_stopped(course):
     course.changes |= dict(kl_limit=1e-3, policy_lr=1e-2, whiten=False, stop_on_alert=True)
 
 
-@fault(TRAINING, "rlhf", r"100% of the answers are empty\. Is the reward paid for saying", "on")
+@fault(TRAINING, "rlhf", r"100% of the answers are empty\. Raise kl_coef, and check", "on")
 def nothing_but_eos(course):
     """every answer is empty"""
     course.every_token(torch.ones_like)
@@ -1355,7 +1355,7 @@ class Evil:
 CODE = "from pathlib import Path\nPath('executed').touch()\n"
 
 
-@fault(SECURITY, "base", r"mine will not load \(.*no file named model\.safetensors.*\)")
+@fault(SECURITY, "base", r"mine does not load \(.*no file named model\.safetensors.*\)")
 def evil_weights(course):
     """the pickled weights of base_model hold code"""
     folder = course.mine()
@@ -1374,7 +1374,7 @@ def evil_chat_template(course):
     (course.mine() / "chat_template.jinja").write_text(text)
 
 
-@fault(SECURITY, "base", r"mine will not load: trust_remote_code = True runs the code")
+@fault(SECURITY, "base", r"mine does not load: trust_remote_code = True runs the code")
 def evil_model_code(course):
     """base_model brings a Python file for its model"""
     folder = course.mine()

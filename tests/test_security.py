@@ -163,7 +163,7 @@ def take(model, **changes):
 
 def refused(model):
     """What is said when a model is not taken; tiny takes its place."""
-    with pytest.raises(CourseError, match="will not load") as error:
+    with pytest.raises(CourseError, match="does not load") as error:
         take(model, fallback=False)
     source, why = take(model)
     assert source == "tiny" and str(model) in why
