@@ -71,7 +71,7 @@ def load_tokenizer(path, cfg=None):
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FRAME
     if "1 + 1?" not in in_template(tokenizer, [{"role": "user", "content": "1 + 1?"}]):
-        raise CourseError(f"The chat template in {path} leaves out what the user says: mend it.")
+        raise CourseError(f"The chat template in {path} leaves out the message of the user: fix it.")
     return tokenizer
 
 

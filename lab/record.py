@@ -1,6 +1,6 @@
-"""python -m lab.record: the notebooks of the last headless run become the committed ones.
+"""python -m lab.record: copies the notebooks of the last headless run to the repository.
 
-Outputs stay; what belongs to one run only (papermill's notes, injected parameters) goes.
+It keeps the outputs and removes what belongs to one run: papermill's metadata and parameters.
 """
 
 import sys
@@ -15,7 +15,7 @@ KEPT = {"kernelspec": {"display_name": "Python 3", "language": "python", "name":
 
 
 def cleaned(book):
-    """The notebook without the traces of its run."""
+    """Removes papermill's metadata and injected parameters, and numbers the cells anew."""
     cells = []
     for cell in book.cells:
         tags = cell.metadata.get("tags", [])

@@ -449,7 +449,7 @@ def test_a_hostile_chat_template_does_nothing_and_is_named(name, cfg, tmp_path, 
     with pytest.raises(CourseError) as told:
         util.load_tokenizer(folder, cfg)
     assert f"The chat template in {folder}" in str(told.value) and "\n" not in str(told.value)
-    assert str(told.value).count("mend it") == 1
+    assert str(told.value).count("fix it") == 1
     assert "<class" not in str(told.value) and "root:" not in str(told.value)
     assert not (tmp_path / "MARKER").exists()
 
@@ -459,7 +459,7 @@ def test_a_template_that_fails_on_some_dialogues_only_is_named_too(cfg, tmp_path
     tokenizer = util.load_tokenizer(chatty(tmp_path, picky + CHATML), cfg)
     messages = turns("Human: w5 Assistant: w6 Human: w7 Assistant:")
     assert lab.models.in_template(tokenizer, messages[:1]).endswith("<|end|> <|assistant|>")
-    with pytest.raises(CourseError, match="one turn only.*mend it, or delete it"):
+    with pytest.raises(CourseError, match="one turn only.*fix it, or delete it"):
         lab.models.in_template(tokenizer, messages)
 
 

@@ -474,7 +474,7 @@ def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
     cfg = util.Config("smoke", max_prompt=6, max_new_tokens=4)
     util.warn_about_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
     prompts = [len(tokenizer(row["prompt"])["input_ids"]) > 6 for row in [*ROWS, ROWS[0]]]
-    assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "front" in said[0]
+    assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "beginning" in said[0]
     assert "max_new_tokens" in said[1] and "end" in said[1]
     assert said[2].startswith("1 of 9 rows are copies")
     roomy = util.Config("smoke", max_prompt=500, max_new_tokens=500)
