@@ -78,6 +78,6 @@ def test_later_notebooks_take_the_preset_that_suits_the_base_model(ready, root):
 
 def test_texts_longer_than_the_model_can_read_are_refused_in_numbers(ready, root):
     wanted = dict(base_model=str(ready), max_prompt=120, fallback=False)
-    with pytest.raises(CourseError, match="= 136, but .* reads 128 tokens at most"):
+    with pytest.raises(CourseError, match="= 136, but .* reads at most 128 tokens"):
         list(util.train_base(util.Config("smoke", root=str(root), **wanted)))
     assert not (root / "model" / "base").exists()

@@ -715,7 +715,7 @@ for _name, _device in {
         course.changes |= dict(device=device)
 
     _inject.__doc__, _inject.__name__ = f'device = "{_device}"', f"device_{_name}"
-    fault(PARAMETERS, "device", rf"device = '{_device}' is not there: this machine has auto, cpu")(
+    fault(PARAMETERS, "device", rf"device = '{_device}' is not available here: use auto, cpu")(
         _inject
     )
 
@@ -1122,14 +1122,22 @@ def model_nobody_has(course):
 
 
 @fault(
-    MODELS, "choose", r"nobody/nothing does not load \(.+\)\..* So the embedded tiny model", "on"
+    MODELS,
+    "choose",
+    r"nobody/nothing does not load \(.+\)\..* So this run trains the embedded tiny model",
+    "on",
 )
 def model_nobody_has_with_fallback(course):
     """base_model = "nobody/nothing\""""
     course.changes |= dict(base_model="nobody/nothing")
 
 
-@fault(MODELS, "choose", r"facebook/opt-125m does not load \(.+\)\..* So the embedded tiny", "on")
+@fault(
+    MODELS,
+    "choose",
+    r"facebook/opt-125m does not load \(.+\)\..* So this run trains the embedded tiny",
+    "on",
+)
 def hub_is_down(course):
     """there is a GPU, but no network"""
     course.patch.setattr("lab.models.find_device", lambda name: torch.device("cuda"))
@@ -1144,7 +1152,7 @@ def pickle_only(course):
 
 
 @fault(
-    MODELS, "base", r"mine does not load: it lacks 1 weights, like model\.decoder\.layers\.0\.fc1"
+    MODELS, "base", r"mine does not load: its files lack the weight model\.decoder\.layers\.0\.fc1"
 )
 def some_weights_lacking(course):
     """base_model lacks a layer's weights"""
@@ -1169,7 +1177,7 @@ def broken_model_config(course):
     (course.mine() / "config.json").write_text('{"model_type": "opt",')
 
 
-@fault(MODELS, "base", r"(The tokenizer in mine|mine does not load).*(knows|tokenizer)")
+@fault(MODELS, "base", r"(The tokenizer in mine|mine does not load).*(vocabulary|tokenizer)")
 def no_tokenizer(course):
     """base_model has no tokenizer"""
     folder = course.mine()
@@ -1177,7 +1185,7 @@ def no_tokenizer(course):
     (folder / "tokenizer_config.json").unlink()
 
 
-@fault(MODELS, "base", r"tokenizer .* knows \d+ tokens, its model only \d+: they do not belong")
+@fault(MODELS, "base", r"tokenizer .* has \d+ tokens, but its model only \d+: they do not belong")
 def tokenizer_too_large(course):
     """the tokenizer of base_model knows more tokens than its model embeds"""
     words = (" ".join(f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl") for c in "mnopqrstuvwxyz")
@@ -1199,14 +1207,16 @@ def tokenizer_without_eos(course):
     course.edit_json(course.mine() / "tokenizer_config.json", eos_token=None)
 
 
-@fault(MODELS, "base", r"max_prompt \+ max_new_tokens = 212, but \S+ reads 128 tokens at most")
+@fault(MODELS, "base", r"max_prompt \+ max_new_tokens = 212, but \S+ reads at most 128 tokens")
 def model_reads_too_little(course):
     """base_model reads fewer tokens than max_prompt + max_new_tokens"""
     course.mine()
     course.changes |= dict(max_prompt=200)
 
 
-@fault(MODELS, "actor", r"max_prompt \+ max_new_tokens = 212, but model/base reads 128 tokens at")
+@fault(
+    MODELS, "actor", r"max_prompt \+ max_new_tokens = 212, but model/base reads at most 128 tokens"
+)
 def base_reads_too_little(course):
     """max_prompt = 200 for a base that reads 128 tokens"""
     course.changes |= dict(max_prompt=200)
@@ -1374,7 +1384,7 @@ def evil_chat_template(course):
     (course.mine() / "chat_template.jinja").write_text(text)
 
 
-@fault(SECURITY, "base", r"mine does not load: trust_remote_code = True runs the code")
+@fault(SECURITY, "base", r"mine does not load, because it needs Python code")
 def evil_model_code(course):
     """base_model brings a Python file for its model"""
     folder = course.mine()

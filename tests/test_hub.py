@@ -228,7 +228,7 @@ def test_one_line_names_the_model_and_what_is_wrong(fault, told):
 
 @pytest.mark.parametrize("fault", SAID)
 def test_tiny_takes_its_place_and_nothing_of_it_is_left(fault, told, folder):
-    assert told[fault]["source"] == "tiny" and "tiny model is made here" in told[fault]["why"]
+    assert told[fault]["source"] == "tiny" and "embedded tiny model" in told[fault]["why"]
     assert not told[fault]["left"], "without fallback model/ stays as it was"
     base = folder / fault / "model" / "base"
     assert json.loads((base / "config.json").read_text())["model_type"] == "opt"

@@ -484,5 +484,5 @@ def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "my gpu"])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
-    with pytest.raises(CourseError, match=f"device = '{name}' is not there.*cpu"):
+    with pytest.raises(CourseError, match=f"device = '{name}' is not available here.*cpu"):
         util.pick_device(util.Config("smoke", device=name))
