@@ -1,12 +1,13 @@
 """A fast path for six families: OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-Three things make it fast. Rows are packed one behind the other without padding; only attention puts
-them side by side. Tokens that rows share at their start are computed once. Behind the last
-attention only the wanted positions go on. (lab/decoding.py generates with the same layers.)
+Three things make it fast. It packs the rows one after the other without padding, and pads them only
+for attention. It computes the tokens that rows share at their start only once. After the attention
+of the last layer, it continues with the positions that are needed. lab/decoding.py generates with
+the same layers.
 
-This repeats code of transformers, which may change: `agree` compares it with the model's own
-forward, once per model and use. Any other model takes its own forward, the plain path, as do all
-where somebody empties FAMILIES.
+This file repeats code of transformers, which may change. `agree` therefore compares it with the
+model's own forward, once per model and use. All other models use their own forward, the plain path.
+To turn the fast path off, empty FAMILIES.
 """
 
 from collections.abc import Callable
@@ -21,13 +22,14 @@ from lab import plain_path
 from lab.agreement import agree, refused, step_aside
 from lab.plain_path import forward, has_hooks, unwrapped
 
-GROUPS = 8  # of rows of similar length that attend side by side on a CPU; a GPU takes all at once
+GROUPS = 8  # groups of rows of similar length for attention on a CPU; a GPU uses one group
 
 
 def hidden_states(model, ids, mask, wanted):
-    """Last hidden states where `wanted`, (B, T), is set, and the head that makes logits of them.
+    """Returns the last hidden states where `wanted`, (B, T), is set, and the head that turns them
+    into logits.
 
-    On the plain path these are the logits already, (N, V), and the head leaves them alone.
+    On the plain path the first result already is the logits, (N, V); the head is the identity.
     """
     model = unwrapped(model)
     hidden = packed_forward(model, ids, mask, wanted)
@@ -37,7 +39,7 @@ def hidden_states(model, ids, mask, wanted):
 
 
 def scores(scorer, ids, mask, wanted):
-    """The scorer's numbers where `wanted`, (B, T), is set, (N,)."""
+    """Returns the scorer's outputs where `wanted`, (B, T), is set, (N,)."""
     scorer = unwrapped(scorer)
     hidden = packed_forward(scorer, ids, mask, wanted)
     if hidden is None:
@@ -51,22 +53,24 @@ def scores(scorer, ids, mask, wanted):
 
 @dataclass
 class Layer:
-    """One decoder layer, in parts that go by the same names in every family."""
+    """The parts of a decoder layer, under the same names for every family."""
 
     norm1: Callable
-    qkv: list  # one matrix or three
-    qk_norms: tuple  # of queries and keys, where a family has them
+    qkv: list  # one fused matrix, or three
+    qk_norms: tuple  # the norms of queries and keys, empty if a family has none
     out: Callable
     norm2: Callable
     up: list
     act: Callable
     down: Callable
-    dropout: float = 0.0  # of what is added to the residual stream
+    dropout: float = 0.0  # on what is added to the residual stream
     attention_dropout: float = 0.0
 
 
 @dataclass
 class Decoder:
+    """The parts of a decoder, under the same names for every family."""
+
     embed: Callable  # (ids, positions) -> (N, D)
     rotary: Callable | None  # positions -> cosines and sines, (N, 1, d)
     layers: list
@@ -78,7 +82,7 @@ class Decoder:
 
 def opt(body):
     decoder, config = body.decoder, body.config
-    skips = body.training and decoder.layerdrop  # whole layers, now and then
+    skips = body.training and decoder.layerdrop  # skips whole layers at random
     if not config.do_layer_norm_before or decoder.project_in or skips:
         return None
     layers = [
@@ -119,7 +123,7 @@ def gpt2(body):
 
 
 def llama(body):
-    """Llama, Mistral and Qwen: rotary positions, gated MLPs, fewer keys than queries."""
+    """Llama, Mistral and Qwen: rotary positions, gated MLPs, grouped queries."""
     config = body.config
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
@@ -158,7 +162,7 @@ FAMILIES = {
 
 
 def decoder_of(model):
-    """The parts of a model whose forward is just what transformers ships; None for any other."""
+    """Returns the parts of a model whose forward is unchanged transformers code; else None."""
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if type(body) not in FAMILIES or not type(model).__module__.startswith("transformers."):
         return None
@@ -183,22 +187,22 @@ def decoder_of(model):
 
 @dataclass
 class PackedBatch:
-    """The real tokens of a batch one behind the other; what rows share at their start only once."""
+    """The real tokens of a batch, one after the other; a shared start of rows occurs only once."""
 
-    lengths: torch.Tensor  # (D,), of the different rows
+    lengths: torch.Tensor  # (D,), the lengths of the distinct rows
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,), counted from the row's first real token
-    wanted: torch.Tensor  # different tokens that are wanted
-    copies: torch.Tensor  # which of `wanted` each wanted position takes
-    twins: torch.Tensor  # (B,), which of the different rows each row of the batch equals
-    slots: torch.Tensor | None  # the token in each slot of each group's rows; None: one in each
-    home: torch.Tensor | None  # (N,), the slot from which each token takes what it sees
-    groups: list  # (rows, length): different rows of similar length, which attend side by side
+    wanted: torch.Tensor  # the distinct tokens that are wanted
+    copies: torch.Tensor  # for each wanted position, its index in `wanted`
+    twins: torch.Tensor  # (B,), for each row of the batch, the distinct row that equals it
+    slots: torch.Tensor | None  # the token in each slot of the padded groups; None: same order
+    home: torch.Tensor | None  # (N,), the slot that computes the attention of each token
+    groups: list  # (rows, length): distinct rows of similar length, padded for attention
 
     def attention(self, q, k, v, dropout=0.0, store=None):
-        """What each token sees of its own row up to itself, (N, heads * d).
+        """Returns the causal attention of each token within its row, (N, heads * d).
 
-        `store(rows, k, v)` may take the keys and values of each group along.
+        `store(rows, k, v)`, if given, receives the keys and values of each group.
         """
         if self.slots is not None:
             q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
@@ -210,7 +214,7 @@ class PackedBatch:
             q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
             if store:
                 store(rows, k, v)
-            if q.shape[1] > k.shape[1]:  # several queries share a key
+            if q.shape[1] > k.shape[1]:  # grouped queries share a key
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
             seen.append(out.transpose(1, 2).reshape(len(rows) * length, -1))
@@ -219,10 +223,10 @@ class PackedBatch:
 
 
 def layout(ids, mask, wanted):
-    """Padded rows (B, T) as a packed batch. None where a row has gaps or no tokens, or something is
-    wanted where there is no token.
+    """Packs padded rows, (B, T). Returns None if a row has gaps or no tokens, or if a wanted
+    position is padding.
 
-    All of it is worked out on the CPU: a GPU waits for one copy there and gets one back.
+    The CPU computes the layout, so a GPU synchronises only once: one copy there, one copy back.
     """
     device = ids.device
     ids, mask, wanted = torch.stack([ids, mask.long(), wanted.long()]).cpu()
@@ -231,12 +235,13 @@ def layout(ids, mask, wanted):
         return None
     lengths = mask.sum(1)
     texts = [text.tolist() for text in ids[mask.bool()].split(lengths.tolist())]
-    # A tree of tokens: two are one where all before them is the same, too. Its leaves are texts.
+    # Build a prefix tree: equal tokens with equal tokens before them are one node. `numbers` maps
+    # (parent, token id) to the node, and `paths` has the nodes of each row.
     numbers, paths, leader, own = {}, {}, {}, {}
     for row in lengths.argsort(stable=True).tolist():  # short rows first
         known, last = len(numbers), None
         paths[row] = [last := numbers.setdefault((last, x), len(numbers)) for x in texts[row]]
-        own[row] = len(numbers) - known  # at its end
+        own[row] = len(numbers) - known  # the row's new nodes, at its end
         leader.setdefault(last, row)
     rows, groups, positions, slots, home = list(leader.values()), [], [], [], []
     rank = {row: i for i, row in enumerate(sorted(rows))}
@@ -259,14 +264,14 @@ def layout(ids, mask, wanted):
     ids, positions, twins, slots, home, lengths, found, copies, *rows = move(
         [*fields, *(rows for rows, _ in groups)], device
     )
-    if len(slots) == len(home):  # each token lies in its slot already
+    if len(slots) == len(home):  # no padding and no shared tokens: nothing to reorder
         slots = home = None
     groups = [(part, width) for part, (_, width) in zip(rows, groups)]
     return PackedBatch(lengths, ids, positions, found, copies, twins, slots, home, groups)
 
 
 def move(vectors, device):
-    """Vectors of whole numbers to the device, all in one piece."""
+    """Moves vectors of integers to the device in a single copy."""
     if device.type == "cpu":
         return vectors
     whole = torch.cat(vectors)
@@ -275,7 +280,8 @@ def move(vectors, device):
 
 
 def packed_forward(model, ids, mask, wanted):
-    """Last hidden states where `wanted` is set, (N, D); None where the plain path has to do it."""
+    """Returns the last hidden states where `wanted` is set, (N, D); None if the plain path must be
+    used."""
     decoder = decoder_of(model)
     batch = layout(ids, mask, wanted) if decoder else None
     if batch is None:
@@ -297,6 +303,8 @@ def packed_forward(model, ids, mask, wanted):
 
 
 def run_packed(decoder, batch):
+    """Returns the last hidden states at the wanted positions of a packed batch, (N, D)."""
+
     def attend(i, q, k, v):
         return batch.attention(q, k, v, decoder.layers[i].attention_dropout)
 
@@ -305,7 +313,8 @@ def run_packed(decoder, batch):
 
 
 def run_layers(decoder, ids, positions, attend, wanted=None):
-    """All layers, for N tokens; behind the last attention only those that are wanted, (N, D)."""
+    """Runs all layers on N tokens. After the attention of the last layer it continues with the
+    `wanted` tokens only."""
     x = decoder.embed(ids, positions)
     angles = decoder.rotary(positions) if decoder.rotary else None
     for i, layer in enumerate(decoder.layers):
@@ -319,7 +328,7 @@ def run_layers(decoder, ids, positions, attend, wanted=None):
 
 
 def qkv(decoder, layer, x, angles):
-    """Queries, keys and values, (N, heads, d) each."""
+    """Returns queries, keys and values, (N, heads, d) each."""
     sizes = [n * decoder.head_dim for n in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
     made = [matrix(x) for matrix in layer.qkv]
     made = made[0].split(sizes, -1) if len(made) == 1 else made

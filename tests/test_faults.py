@@ -1285,21 +1285,21 @@ def after_three_losses(course):
     course.changes |= dict(actor_lr=1e-4, resume_changed=True)
 
 
-@fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once; the result is", "figures")
+@fault(TRAINING, "rlhf", r"memory ran out: continuing with 2 rows at once, same result", "figures")
 def no_memory_for_an_update(course):
     """memory ends in an update of 3_rlhf with more than 2 rows"""
     course.tight("ppo", 2, 3)
 
 
 @fault(
-    TRAINING, "critic", r"memory ran out: going on with 6 rows at once; the result is", "figures"
+    TRAINING, "critic", r"memory ran out: continuing with 6 rows at once, same result", "figures"
 )
 def no_memory_for_pairs(course):
     """memory ends in an update of 2_critic with more than 6 pairs"""
     course.tight("critic_loss", 6, 3)
 
 
-@fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once", "figures")
+@fault(TRAINING, "rlhf", r"memory ran out: continuing with 2 rows at once", "figures")
 def no_memory_for_a_rollout(course):
     """memory ends in a rollout with more than 2 rows"""
     course.tight("answer_and_score", 2, 3)

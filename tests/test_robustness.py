@@ -235,7 +235,7 @@ def test_where_one_row_is_too_much_it_is_an_error_or_the_cpu():
         state["rows"] = 4
 
     assert memory.halving(fits_on_the_cpu, state, "rows", said.append, leave) == 4
-    assert "going on with the CPU" in said[-1]
+    assert "continuing on the CPU" in said[-1]
 
 
 def test_other_errors_are_no_reason_to_try_again():
@@ -347,7 +347,7 @@ def test_out_of_memory_without_gradients_halves_the_rows_and_changes_nothing(
     capsys.readouterr()
     tight(monkeypatch)
     found = work()
-    assert "memory ran out: going on with" in capsys.readouterr().out
+    assert "memory ran out: continuing with" in capsys.readouterr().out
     alike(found, expected)
 
 
