@@ -741,35 +741,51 @@ for _stage, _lost, _notebook in (
     _inject = without(_lost)
     _inject.__doc__ = f"the stage {_stage} is run before {_notebook}.ipynb"
     _inject.__name__ = f"{_stage}_too_early"
-    fault(ORDER, _stage, rf"model/{_lost} is not there yet: run {_notebook}\.ipynb first")(_inject)
+    fault(ORDER, _stage, rf"model/{_lost} does not exist yet: run {_notebook}\.ipynb first")(
+        _inject
+    )
 
 
-@fault(ORDER, "report", r"model/\w+ is not there yet: run \d_\w+\.ipynb first")
+@fault(ORDER, "report", r"model/\w+ does not exist yet: run \d_\w+\.ipynb first")
 def report_of_nothing(course):
     """4_test in a folder where nothing was made"""
     shutil.rmtree(course.model())
 
 
-@fault(ORDER, "rlhf", r"model/critic was made from another model/actor .* run 2_critic\.ipynb")
+@fault(
+    ORDER,
+    "rlhf",
+    r"model/critic was made from another version of model/actor.* run 2_critic\.ipynb",
+)
 def stale_critic(course):
     """1_actor was run again, 2_critic was not"""
     course.run("actor", actor_lr=3e-3)
 
 
-@fault(ORDER, "report", r"model/actor was made from another model/base .* run 1_actor\.ipynb")
+@fault(
+    ORDER, "report", r"model/actor was made from another version of model/base.* run 1_actor\.ipynb"
+)
 def stale_grandparent(course):
     """0_download was run again, nothing else was"""
     course.run("base", pretrain_lr=1e-3)
 
 
-@fault(ORDER, "critic", r"model/actor is damaged \(model\.safetensors\): run 1_actor\.ipynb again")
+@fault(
+    ORDER,
+    "critic",
+    r"model/actor is damaged \(model\.safetensors is missing or .*\): run 1_actor\.ipynb again",
+)
 def weights_cut(course):
     """model.safetensors of model/actor is cut in half"""
     path = course.model("actor", "model.safetensors")
     os.truncate(path, path.stat().st_size // 2)
 
 
-@fault(ORDER, "critic", r"model/actor is damaged \(model\.safetensors\): run 1_actor\.ipynb again")
+@fault(
+    ORDER,
+    "critic",
+    r"model/actor is damaged \(model\.safetensors is missing or .*\): run 1_actor\.ipynb again",
+)
 def weights_deleted(course):
     """model.safetensors of model/actor is deleted"""
     course.model("actor", "model.safetensors").unlink()
@@ -829,7 +845,7 @@ def record_without_preset(course):
 
 
 @fault(
-    ORDER, "critic", r"model/actor holds the result of 3_rlhf\.ipynb: move model/actor elsewhere"
+    ORDER, "critic", r"model/actor contains the result of 3_rlhf\.ipynb: move model/actor elsewhere"
 )
 def another_stage(course):
     """the folder of 3_rlhf was copied over model/actor"""
@@ -849,7 +865,7 @@ def foreign_model_is_read(course):
     course.model("base", "stage.json").unlink()
 
 
-@fault(ORDER, "base", r"model/base was not made by this course, and would be lost: move model/base")
+@fault(ORDER, "base", r"model/base was not made by this course and would be overwritten: move")
 def foreign_model_is_overwritten(course):
     """model/base is a Hugging Face folder from elsewhere, in the way of 0_download"""
     course.model("base", "stage.json").unlink()
@@ -951,7 +967,7 @@ def full_while_writing_the_world(course):
     course.in_child, course.line = no_larger_than(1_000), "world --set rows=50 --out new"
 
 
-@fault(FILES, "rlhf", r"Another run is writing model/rlhf: wait until it is done, or stop it")
+@fault(FILES, "rlhf", r"Another run is writing model/rlhf: wait until it has finished, or stop")
 def two_at_once(course):
     """3_rlhf is started while another 3_rlhf runs"""
     first = util.train_rlhf(course.cfg())
@@ -999,7 +1015,11 @@ def changed_parameter(course):
 
 
 @fault(
-    KEPT, "rlhf", r"step 2, and the file train\.json has changed since.*Change it back", "", True
+    KEPT,
+    "rlhf",
+    r"step 2, and the file train\.json has changed since then.*change that back",
+    "",
+    True,
 )
 def changed_data(course):
     """train.json is changed before a stopped run is started again"""
@@ -1007,14 +1027,14 @@ def changed_data(course):
         file.write(course.train.read_text().splitlines()[0] + "\n")
 
 
-@fault(KEPT, "rlhf", r"step 2, and the input (actor|critic) has changed since", stopped=True)
+@fault(KEPT, "rlhf", r"step 2, and the input (actor|critic) has changed since then", stopped=True)
 def changed_input(course):
     """actor and critic are made anew before a stopped 3_rlhf is started again"""
     course.run("actor", actor_lr=3e-3)
     course.run("critic")
 
 
-@fault(KEPT, "rlhf", r"going on although the parameter gamma has changed from", "on", True)
+@fault(KEPT, "rlhf", r"resuming although the parameter gamma has changed from", "on", True)
 def changed_on_purpose(course):
     """the same, with resume_changed = True"""
     course.changes |= dict(gamma=0.5, resume_changed=True)
@@ -1026,38 +1046,44 @@ def started_afresh(course):
     course.changes |= dict(gamma=0.5, resume=False)
 
 
-@fault(KEPT, "rlhf", r"going on after step 2 of 3, where a run was stopped", "bits", True)
+@fault(KEPT, "rlhf", r"resuming the interrupted run after step 2 of 3", "bits", True)
 def stopped_run(course):
     """a stopped run is started again"""
 
 
-@fault(KEPT, "rlhf", r"going on after step 2 of 3, where a run was stopped", "bits", True)
+@fault(KEPT, "rlhf", r"resuming the interrupted run after step 2 of 3", "bits", True)
 def moved_course(course):
     """the folder of the course is named in another way before the run is started again"""
     course.changes |= dict(root=str(course.root))
 
 
-@fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
+@fault(KEPT, "rlhf", r"step-00000002 is damaged; resuming from step-00000001 instead", "bits", True)
 def newest_checkpoint_cut(course):
     """the weights of the newest checkpoint are cut in half"""
     path = course.checkpoint() / "model-0.safetensors"
     os.truncate(path, path.stat().st_size // 2)
 
 
-@fault(KEPT, "rlhf", r"the checkpoints of a stopped run are damaged; starting afresh", "bits", True)
+@fault(
+    KEPT,
+    "rlhf",
+    r"all checkpoints of the interrupted run are damaged; starting afresh",
+    "bits",
+    True,
+)
 def all_checkpoints_cut(course):
     """the weights of every checkpoint are cut in half"""
     for folder in (course.checkpoint(0), course.checkpoint(1)):
         os.truncate(folder / "model-0.safetensors", 1_000)
 
 
-@fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
+@fault(KEPT, "rlhf", r"step-00000002 is damaged; resuming from step-00000001 instead", "bits", True)
 def empty_note(course):
     """note.json of the newest checkpoint is empty"""
     (course.checkpoint() / "note.json").write_text("")
 
 
-@fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
+@fault(KEPT, "rlhf", r"step-00000002 is damaged; resuming from step-00000001 instead", "bits", True)
 def note_of_another_shape(course):
     """note.json of the newest checkpoint holds an empty plan"""
     course.edit_json(course.checkpoint() / "note.json", plan={})
@@ -1077,20 +1103,32 @@ def checkpoint_weights_are_garbage(course):
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
-@fault(KEPT, "rlhf", r"the checkpoints of a stopped run are damaged; starting afresh", "bits", True)
+@fault(
+    KEPT,
+    "rlhf",
+    r"all checkpoints of the interrupted run are damaged; starting afresh",
+    "bits",
+    True,
+)
 def metrics_lost(course):
     """the metrics of the stopped run are deleted"""
     course.model(".rlhf.partial", "metrics.jsonl").unlink()
 
 
-@fault(KEPT, "rlhf", r"the checkpoints of a stopped run are damaged; starting afresh", "bits", True)
+@fault(
+    KEPT,
+    "rlhf",
+    r"all checkpoints of the interrupted run are damaged; starting afresh",
+    "bits",
+    True,
+)
 def metrics_are_garbage(course):
     """the metrics of the stopped run are noise of the same size"""
     path = course.model(".rlhf.partial", "metrics.jsonl")
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
-@fault(KEPT, "rlhf", r"going on after step 1 of 3, where a run was stopped", "bits")
+@fault(KEPT, "rlhf", r"resuming the interrupted run after step 1 of 3", "bits")
 def killed_while_saving(course):
     """3_rlhf was killed in the middle of its second checkpoint"""
     write, calls = checkpoints.write, []
@@ -1276,7 +1314,7 @@ def three_losses_are_nan(course):
     course.spoil(2, 3, 4)
 
 
-@fault(TRAINING, "actor", r"going on although the parameter actor_lr has changed from 0.001", "on")
+@fault(TRAINING, "actor", r"resuming although the parameter actor_lr has changed from 0.001", "on")
 def after_three_losses(course):
     """after three such steps: a lower rate and resume_changed = True"""
     with course.patch.context() as patch:
@@ -1323,7 +1361,7 @@ def beyond_kl_limit(course):
     course.changes |= dict(kl_limit=1e-6, policy_lr=1e-2, kl_estimator="k3")
 
 
-@fault(TRAINING, "rlhf", r"KL is \S+ nats.*The run stopped, as stop_on_alert = True asks")
+@fault(TRAINING, "rlhf", r"KL is \S+ nats.*The run stopped because stop_on_alert = True")
 def beyond_kl_limit_and_stopped(course):
     """KL is above kl_limit, with stop_on_alert = True"""
     calls = []
