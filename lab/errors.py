@@ -73,7 +73,7 @@ def scoring_errors(what="reward"):
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise CourseError(
             f"The {what} failed ({Path(line.filename).name}, line {line.lineno}: "
-            f"{type(error).__name__}: {error}). It must give a finite number for each answer."
+            f"{type(error).__name__}: {error}). It must return a finite number for each answer."
         ) from error
 
 

@@ -465,7 +465,9 @@ def huge_prompt(course):
     course.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@fault(INPUT, "rows", r"reader = 'my_reader\.read' cannot be had: No module named 'my_reader'")
+@fault(
+    INPUT, "rows", r"reader = 'my_reader\.read' cannot be imported \(No module named 'my_reader'"
+)
 def no_reader(course):
     """the module of reader is not there"""
     course.changes |= dict(reader="my_reader.read")
@@ -614,25 +616,27 @@ def group_of_one(course):
     course.changes |= dict(algorithm="rloo", answers=1)
 
 
-@fault(PARAMETERS, "rlhf", r"algorithm = 'gpro': did you mean 'grpo'\?")
+@fault(PARAMETERS, "rlhf", r"algorithm = 'gpro' is not known; did you mean 'grpo'\?")
 def misspelt_algorithm(course):
     """algorithm = "gpro\""""
     course.changes |= dict(algorithm="gpro")
 
 
-@fault(PARAMETERS, "rlhf", r"reward = 'model 2\*length' is not clear at '2\*length': write a sum")
+@fault(
+    PARAMETERS, "rlhf", r"reward = 'model 2\*length' cannot be parsed at '2\*length': write a sum"
+)
 def unclear_reward(course):
     """reward = "model 2*length\""""
     course.changes |= dict(reward="model 2*length")
 
 
-@fault(PARAMETERS, "rlhf", r"reward = 'lenght': did you mean 'length'\?")
+@fault(PARAMETERS, "rlhf", r"reward = 'lenght' is not known; did you mean 'length'\?")
 def misspelt_reward(course):
     """reward = "model - lenght\""""
     course.changes |= dict(reward="model - lenght")
 
 
-@fault(PARAMETERS, "rlhf", r"reward = 'my\.polite' cannot be had: No module named 'my'")
+@fault(PARAMETERS, "rlhf", r"reward = 'my\.polite' cannot be imported \(No module named 'my'")
 def reward_of_nobody(course):
     """reward = "my.polite", and there is no my.py"""
     course.changes |= dict(reward="my.polite")
@@ -1272,13 +1276,15 @@ def folder_without_a_model(course):
 TRAINING = "training trouble"
 
 
-@fault(TRAINING, "rlhf", r"The reward must give a finite number for each of 6 answers; it gave 5")
+@fault(
+    TRAINING, "rlhf", r"The reward must return a finite number for each of 6 answers; it returned 5"
+)
 def reward_too_few(course):
     """a reward of one's own forgets an answer"""
     course.reward = lambda prompts, responses: [0.0] * (len(responses) - 1)
 
 
-@fault(TRAINING, "rlhf", r"each of 6 answers; it gave 6, of which 5 are finite")
+@fault(TRAINING, "rlhf", r"each of 6 answers; it returned 6 numbers, of which 5 are finite")
 def reward_of_nan(course):
     """a reward of one's own is NaN once"""
     course.reward = lambda prompts, responses: [float("nan"), *range(len(responses) - 1)]
