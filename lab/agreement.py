@@ -37,8 +37,8 @@ def agree(model, path, use, ids, mask, fast, plain):
     adapter = "_disable_adapters", "merged_adapters"
     kinds = {(type(m), *(bool(vars(m).get(x)) for x in adapter)) for m in model.modules()}
     key = use, learns, autocast_dtype(model), next(model.parameters()).dtype, frozenset(kinds)
-    if key in known or refused(model, path):
-        return not refused(model, path)
+    if key in known or is_off(model, path):
+        return not is_off(model, path)
     texts = [ids[i][mask[i]][: 8 - n] for n, i in enumerate(sorted({0, len(ids) // 2}))]
     texts = [text for text in texts if len(text)]
     if not texts:
@@ -48,8 +48,8 @@ def agree(model, path, use, ids, mask, fast, plain):
     most = tolerance(model)
     try:
         with eval_mode(model):
-            expected = outcome(model, plain(*sample), learns)
-            found = outcome(model, fast(*sample), learns)
+            expected = results_of(model, plain(*sample), learns)
+            found = results_of(model, fast(*sample), learns)
         off = {name: distance(found[name], expected[name]) for name in expected}
         reason = [f"its {name} are off by {x:.1g}" for name, x in off.items() if x > most]
     except Exception as error:  # e.g. an attribute that another release has renamed
@@ -58,7 +58,7 @@ def agree(model, path, use, ids, mask, fast, plain):
         reason = [f"{type(error).__name__}: {error}"]
     known[key] = not reason
     for sentence in reason[:1]:
-        step_aside(model, path, sentence)
+        turn_off(model, path, sentence)
     return known[key]
 
 
@@ -74,14 +74,14 @@ def eval_mode(model):
             module.training = training
 
 
-def refused(model, path):
+def is_off(model, path):
     """Returns whether any comparison of this path has failed for this model."""
     return not all(findings(model, path).values())
 
 
-def step_aside(model, path, reason):
+def turn_off(model, path, reason):
     """Turns a path off for a model and prints why."""
-    findings(model, path)["refused"] = False
+    findings(model, path)["supported"] = False
     versions = "transformers {}, tested with {} to {}".format(transformers.__version__, *TESTED)
     print(
         f"The {path} is off for {type(model).__name__}: {reason} ({versions}). The model's own "
@@ -105,7 +105,7 @@ def tolerance(model):
     return max(TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in dtypes)
 
 
-def outcome(model, x, learns):
+def results_of(model, x, learns):
     """Returns the values, and their gradients with respect to the first and last layer."""
     x = x.float() - x.float().mean(-1, keepdim=True)  # softmax ignores a common shift of logits
     layers = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), [model])

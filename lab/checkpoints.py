@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 def write(folder, optimiser):
     """Writes the trained weights, one file per model, and AdamW's moments."""
     moments = optimiser.adamw.state_dict()["state"]
-    parts = {f"model-{i}": changing(model) for i, model in enumerate(optimiser.models)}
+    parts = {f"model-{i}": trained_tensors(model) for i, model in enumerate(optimiser.models)}
     parts["adamw"] = {f"{i}.{name}": x for i, own in moments.items() for name, x in own.items()}
     folder.mkdir(parents=True)
     for name, tensors in parts.items():
@@ -25,7 +25,7 @@ def write(folder, optimiser):
 def read(folder, optimiser):
     """Reads a checkpoint into the models and the optimiser, in place."""
     for i, model in enumerate(optimiser.models):
-        own, saved = changing(model), load_file(folder / f"model-{i}.safetensors")
+        own, saved = trained_tensors(model), load_file(folder / f"model-{i}.safetensors")
         if shapes(own) != shapes(saved):
             raise ValueError("it contains the weights of another model")
         for name, x in own.items():
@@ -37,7 +37,7 @@ def read(folder, optimiser):
     optimiser.adamw.load_state_dict({"state": state, "param_groups": groups})
 
 
-def changing(model):
+def trained_tensors(model):
     """Returns the trainable parameters and the buffers. Frozen weights are not part of it: they are
     loaded from the model's own files. Tied weights occur once."""
     kept = model.state_dict().keys()
@@ -58,7 +58,7 @@ def random_states(device):
         "cpu": torch.get_rng_state().tolist(),
     }
     if device.type != "cpu":
-        states[device.type] = of_device(device, "get_rng_state").tolist()
+        states[device.type] = call_device(device, "get_rng_state").tolist()
     return states
 
 
@@ -69,10 +69,10 @@ def set_random_states(states, device):
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
     if device.type != "cpu" and device.type in states:  # a changed run may use another device
-        of_device(device, "set_rng_state", torch.tensor(states[device.type], dtype=torch.uint8))
+        call_device(device, "set_rng_state", torch.tensor(states[device.type], dtype=torch.uint8))
 
 
-def of_device(device, name, *args):
+def call_device(device, name, *args):
     """Calls a function of torch.cuda, or of the module of another backend, for this device."""
     one = [device] if device.type != "mps" else []  # torch.mps has one device, without an argument
     return getattr(torch.get_device_module(device), name)(*args, *one)

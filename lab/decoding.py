@@ -101,8 +101,8 @@ class CachedDecoder:
             return batch.attention(q, k, v, store=store)
 
         logits = self.head(run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted))
-        if len(batch.lengths) < len(batch.twins):
-            self.keep(batch.twins)
+        if len(batch.lengths) < len(batch.row_of):
+            self.keep(batch.row_of)
         return logits.index_select(0, batch.copies)
 
     def replay(self, ids, mask):

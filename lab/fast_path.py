@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import transformers
 
 from lab import plain_path
-from lab.agreement import agree, refused, step_aside
+from lab.agreement import agree, is_off, turn_off
 from lab.plain_path import forward, has_hooks, unwrapped
 
 GROUPS = 8  # groups of rows of similar length for attention on a CPU; a GPU uses one group
@@ -168,12 +168,12 @@ def decoder_of(model):
         return None
     modules = list(model.modules())
     recomputes = any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules)
-    if recomputes or any(map(has_hooks, modules)) or refused(model, "fast path"):
+    if recomputes or any(map(has_hooks, modules)) or is_off(model, "fast path"):
         return None
     try:
         decoder = FAMILIES[type(body)](body)
     except AttributeError as error:
-        step_aside(model, "fast path", error)
+        turn_off(model, "fast path", error)
         return None
     if decoder and not body.training:
         still = dict(dropout=0.0, attention_dropout=0.0)
@@ -194,9 +194,9 @@ class PackedBatch:
     positions: torch.Tensor  # (N,), counted from the row's first real token
     wanted: torch.Tensor  # the distinct tokens that are wanted
     copies: torch.Tensor  # for each wanted position, its index in `wanted`
-    twins: torch.Tensor  # (B,), for each row of the batch, the distinct row that equals it
+    row_of: torch.Tensor  # (B,), for each row of the batch, the distinct row that equals it
     slots: torch.Tensor | None  # the token in each slot of the padded groups; None: same order
-    home: torch.Tensor | None  # (N,), the slot that computes the attention of each token
+    slot_of: torch.Tensor | None  # (N,), the slot that computes the attention of each token
     groups: list  # (rows, length): distinct rows of similar length, padded for attention
 
     def attention(self, q, k, v, dropout=0.0, store=None):
@@ -219,7 +219,7 @@ class PackedBatch:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
             seen.append(out.transpose(1, 2).reshape(len(rows) * length, -1))
         seen = torch.cat(seen)
-        return seen if self.home is None else seen.index_select(0, self.home)
+        return seen if self.slot_of is None else seen.index_select(0, self.slot_of)
 
 
 def layout(ids, mask, wanted):
@@ -237,37 +237,37 @@ def layout(ids, mask, wanted):
     texts = [text.tolist() for text in ids[mask.bool()].split(lengths.tolist())]
     # Build a prefix tree: equal tokens with equal tokens before them are one node. `numbers` maps
     # (parent, token id) to the node, and `paths` has the nodes of each row.
-    numbers, paths, leader, own = {}, {}, {}, {}
+    numbers, paths, first_row, new_nodes = {}, {}, {}, {}
     for row in lengths.argsort(stable=True).tolist():  # short rows first
         known, last = len(numbers), None
         paths[row] = [last := numbers.setdefault((last, x), len(numbers)) for x in texts[row]]
-        own[row] = len(numbers) - known  # the row's new nodes, at its end
-        leader.setdefault(last, row)
-    rows, groups, positions, slots, home = list(leader.values()), [], [], [], []
+        new_nodes[row] = len(numbers) - known  # the row's new nodes, at its end
+        first_row.setdefault(last, row)
+    rows, groups, positions, slots, slot_of = list(first_row.values()), [], [], [], []
     rank = {row: i for i, row in enumerate(sorted(rows))}
     size = -(-len(rows) // (GROUPS if device.type == "cpu" else 1))
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         width = len(paths[part[-1]])
         for row in part:
             path = paths[row]
-            places = range(len(path) - own[row], len(path))
+            places = range(len(path) - new_nodes[row], len(path))
             positions += places
-            home += [len(slots) + place for place in places]
+            slot_of += [len(slots) + place for place in places]
             slots += path + [0] * (width - len(path))
         groups.append((torch.tensor([rank[row] for row in part]), width))
     order = range(len(texts))
     place = torch.tensor([*chain(*(paths[row] for row in order))])
     place = torch.zeros_like(ids).masked_scatter(mask.bool(), place)  # (B, T)
-    fields = [x for _, x in numbers], positions, [rank[leader[paths[row][-1]]] for row in order]
-    fields = *map(torch.tensor, (*fields, slots, home)), lengths[sorted(rows)]
+    fields = [x for _, x in numbers], positions, [rank[first_row[paths[row][-1]]] for row in order]
+    fields = *map(torch.tensor, (*fields, slots, slot_of)), lengths[sorted(rows)]
     fields += place[wanted.bool()].unique(return_inverse=True)
-    ids, positions, twins, slots, home, lengths, found, copies, *rows = move(
+    ids, positions, row_of, slots, slot_of, lengths, found, copies, *rows = move(
         [*fields, *(rows for rows, _ in groups)], device
     )
-    if len(slots) == len(home):  # no padding and no shared tokens: nothing to reorder
-        slots = home = None
+    if len(slots) == len(slot_of):  # no padding and no shared tokens: nothing to reorder
+        slots = slot_of = None
     groups = [(part, width) for part, (_, width) in zip(rows, groups)]
-    return PackedBatch(lengths, ids, positions, found, copies, twins, slots, home, groups)
+    return PackedBatch(lengths, ids, positions, found, copies, row_of, slots, slot_of, groups)
 
 
 def move(vectors, device):

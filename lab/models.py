@@ -221,7 +221,7 @@ def trainable(model, cfg, *, drop=True):
     `drop=False` removes its dropout: scoring must find the logprobs that sampling used.
     """
     if not drop:
-        silence(model)
+        remove_dropout(model)
     if cfg.gradient_checkpointing:  # works in train mode only; `generate` uses eval mode
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -246,7 +246,7 @@ def trainable(model, cfg, *, drop=True):
         return get_peft_model(model, shape).train(model.training)
 
 
-def silence(model):
+def remove_dropout(model):
     """Sets every dropout probability to 0, in modules and in plain attributes of layers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -263,7 +263,7 @@ def save(model, tokenizer, folder):
     """
     if hasattr(model, "merge_and_unload"):
         model = merged(model, Path(folder) / "adapter")
-    acquaint(model, tokenizer)
+    set_special_tokens(model, tokenizer)
     kinds = (model, auto_class(model)), (model.config, "AutoConfig"), (tokenizer, "AutoTokenizer")
     for part, kind in kinds:
         if type(part).__module__.startswith("transformers_modules"):  # save its own code too
@@ -272,7 +272,7 @@ def save(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def acquaint(model, tokenizer):
+def set_special_tokens(model, tokenizer):
     """Writes the pad and eos tokens of the tokenizer into the model's configs."""
     pad, eos, config = tokenizer.pad_token_id, tokenizer.eos_token_id, model.config
     stops, writing = stops_of(model, tokenizer), getattr(model, "generation_config", None)

@@ -92,7 +92,7 @@ def recover(folder, old):
 
 @retry_if_replaced
 def artifact(root, name):
-    """Returns the folder of a finished stage; raises if it is damaged or older than its inputs."""
+    """Returns the folder of a finished stage; raises if it is damaged or out of date."""
     folder, record = Path(root) / "model" / name, read_record(root, name)
     lost = [f for f, size in record["files"].items() if file_size(folder / f) != size]
     if lost:

@@ -814,7 +814,7 @@ def test_a_model_whose_logits_depend_on_their_neighbours_gets_whole_rows(pad_lef
     found, _ = fast_path.hidden_states(model, ids, mask, wanted)
     own = model(input_ids=ids).logits.flatten(0, 1)
     assert (found - own).abs().max() < 1e-4
-    assert agreement.refused(model, "short head")
+    assert agreement.is_off(model, "short head")
 
 
 def test_hooks_on_the_plain_path_see_each_batch_once(pad_left, pad_right):
