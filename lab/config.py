@@ -51,14 +51,16 @@ class Config(Settings):
     """
 
     # all stages
-    preset: str = knob("auto", "all", "tiny, colab, full or smoke; auto chooses by the base model")
+    preset: str = knob(
+        "auto", "all", "tiny, colab, full or smoke; auto: the one that suits the base model"
+    )
     root: str = knob(".", "all", "folder with dataset/, tokenizer/ and model/")
-    seed: int = knob(0, "all", "random seed; the same seed on one machine repeats a run exactly")
+    seed: int = knob(0, "all", "seed of all random numbers")
     device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
     max_prompt: int = knob(
-        80, "all", "most tokens of a prompt; longer prompts lose their beginning"
+        80, "all", "maximum tokens of a prompt; longer ones lose their beginning"
     )
-    max_new_tokens: int = knob(40, "all", "most tokens of an answer, including its eos")
+    max_new_tokens: int = knob(40, "all", "maximum tokens of an answer, including its eos")
     sft_share: float = knob(0.4, "all", "share of train.json for the SFT of 1_actor")
     preference_share: float = knob(0.5, "all", "share of train.json for the pairs of 2_critic")
     prompt_share: float = knob(0.1, "all", "share of train.json for the prompts of 3_rlhf")
@@ -99,7 +101,9 @@ class Config(Settings):
         False, "all", "run Python code that comes with a model; read that code first"
     )
     precision: str = knob(
-        "float32", "all", "of matrix products: float32, bf16, fp16; auto: the best of your GPU"
+        "float32",
+        "all",
+        "of matrix products: float32, bf16, fp16; auto: bf16 or fp16 if the GPU has it",
     )
     lora_rank: int = knob(0, "actor critic rlhf", "rank of the LoRA adapters; 0: train all weights")
     lora_alpha: float = knob(32.0, "actor critic rlhf", "LoRA scales its adapters by alpha / rank")
@@ -148,7 +152,9 @@ class Config(Settings):
     algorithm: str = knob(
         "ppo", "rlhf", "ppo, grpo, rloo, dpo, or module.function: a loss of your own"
     )
-    reward: str = knob("model", "rlhf test", 'a sum like "model - 0.01*length + my.reward"')
+    reward: str = knob(
+        "model", "rlhf test", 'the reward: a sum like "model - 0.01*length + my.reward"'
+    )
     ensemble_rule: str = knob(
         "mean",
         "rlhf test",
@@ -203,13 +209,15 @@ class Config(Settings):
     )
     length_penalty: float = knob(0.0, "rlhf", "subtracted from the score for every answer token")
     stop_kl: float = knob(
-        0.1, "rlhf", "end the epochs on a rollout at this KL to its policy; 0: never"
+        0.1,
+        "rlhf",
+        "end the passes over a rollout if the KL to its old policy exceeds this; 0: never",
     )
     kl_limit: float = knob(
         10.0, "rlhf", "alert when the KL per answer exceeds this many nats; 0: never"
     )
     stop_on_alert: bool = knob(
-        False, "rlhf", "stop the run on an alert (KL, empty answers, answers without end)"
+        False, "rlhf", "stop the run on an alert (high KL, empty answers, answers without eos)"
     )
     sample_every: int = knob(5, "rlhf", "steps between sample answers to a fixed set of prompts")
     dpo_beta: float = knob(0.3, "rlhf", "DPO: beta, which keeps the policy near the reference")
@@ -220,9 +228,9 @@ class Config(Settings):
     dpo_smoothing: float = knob(0.0, "rlhf", "DPO: assumed share of pairs with the wrong label")
     dpo_nll: float = knob(0.0, "rlhf", "DPO: weight of the SFT loss on the chosen answers")
     # 4_test
-    test_rows: int = knob(1_000, "test", "most rows of eval.json to answer")
+    test_rows: int = knob(1_000, "test", "maximum number of rows of eval.json to answer")
     best_of: int = knob(4, "test", "best-of-n: answers of the actor per question; 1: skip it")
-    best_of_rows: int = knob(250, "test", "best-of-n: most rows to answer")
+    best_of_rows: int = knob(250, "test", "best-of-n: maximum number of rows to answer")
     metric: str = knob(
         "", "test", "module.function(prompts, responses) -> numbers: your own metric for the report"
     )
