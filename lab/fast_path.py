@@ -81,6 +81,7 @@ class Decoder:
 
 
 def opt(body):
+    """OPT: learned positions, biases in all matrices."""
     decoder, config = body.decoder, body.config
     skips = body.training and decoder.layerdrop  # skips whole layers at random
     if not config.do_layer_norm_before or decoder.project_in or skips:
@@ -103,6 +104,7 @@ def opt(body):
 
 
 def gpt2(body):
+    """GPT-2: learned positions, one fused matrix for queries, keys and values."""
     config = body.config
     scaled = config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn
     if scaled or not config.scale_attn_weights or config.add_cross_attention:
@@ -339,6 +341,7 @@ def qkv(decoder, layer, x, angles):
 
 
 def apply_rotary(x, cos, sin):
+    """Rotates queries or keys by the angles of their positions."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 

@@ -54,7 +54,9 @@ def find_device(name):
     except (RuntimeError, AssertionError):  # the type depends on the backend
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         known = ", ".join(["auto", "cpu", *gpus])
-        raise CourseError(f"device = {name!r} is not available here: use {known}.") from None
+        raise CourseError(
+            f"device = {name!r} is not available here; choose from: {known}."
+        ) from None
 
 
 def load_tokenizer(path, cfg=None):

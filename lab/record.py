@@ -15,7 +15,7 @@ KEPT = {"kernelspec": {"display_name": "Python 3", "language": "python", "name":
 
 
 def cleaned(book):
-    """Removes papermill's metadata and injected parameters, and numbers the cells anew."""
+    """Removes papermill's metadata and injected parameters, and renumbers the cells."""
     cells = []
     for cell in book.cells:
         tags = cell.metadata.get("tags", [])

@@ -65,7 +65,8 @@ def own_frame(tokenizer):
 def in_template(tokenizer, messages, answer_follows=True):
     """Applies the tokenizer's chat template to a dialogue, up to where the answer begins.
 
-    A template is a program by somebody else. It runs in a sandbox, which stops unsafe access.
+    A template is a program that comes with the model. It runs in a sandbox, which blocks unsafe
+    access.
     """
     how = {"tokenize": False, "add_generation_prompt": answer_follows}
     try:

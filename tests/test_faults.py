@@ -719,9 +719,9 @@ for _name, _device in {
         course.changes |= dict(device=device)
 
     _inject.__doc__, _inject.__name__ = f'device = "{_device}"', f"device_{_name}"
-    fault(PARAMETERS, "device", rf"device = '{_device}' is not available here: use auto, cpu")(
-        _inject
-    )
+    fault(
+        PARAMETERS, "device", rf"device = '{_device}' is not available here; choose from: auto, cpu"
+    )(_inject)
 
 
 # ------------------------------------------------------------------------------------------------
