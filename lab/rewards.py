@@ -189,7 +189,7 @@ def ask(reward, prompts, responses, what="reward"):
     if len(scores) != len(prompts) or not scores.isfinite().all():
         raise CourseError(
             f"The {what} must return a finite number for each of {len(prompts)} answers; it "
-            f"returned {len(scores)} numbers, of which {int(scores.isfinite().sum())} are finite."
+            f"returned {len(scores)} numbers, {int(scores.isfinite().sum())} of them finite."
         )
     return scores, parts
 

@@ -1277,14 +1277,16 @@ TRAINING = "training trouble"
 
 
 @fault(
-    TRAINING, "rlhf", r"The reward must return a finite number for each of 6 answers; it returned 5"
+    TRAINING,
+    "rlhf",
+    r"The reward must return a finite number for each of \d answers; it returned \d",
 )
 def reward_too_few(course):
     """a reward of one's own forgets an answer"""
     course.reward = lambda prompts, responses: [0.0] * (len(responses) - 1)
 
 
-@fault(TRAINING, "rlhf", r"each of 6 answers; it returned 6 numbers, of which 5 are finite")
+@fault(TRAINING, "rlhf", r"each of \d answers; it returned \d numbers, \d of them finite")
 def reward_of_nan(course):
     """a reward of one's own is NaN once"""
     course.reward = lambda prompts, responses: [float("nan"), *range(len(responses) - 1)]

@@ -230,7 +230,7 @@ OWN = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evi
 def test_the_code_of_an_unknown_model_is_not_run(model, script, marker):
     (model / "modeling_evil.py").write_text(script)
     change(model / "config.json", auto_map=OWN, model_type="evil")
-    assert "trust_remote_code = True runs the code" in refused(model)
+    assert "needs Python code that comes with the model" in refused(model)
     assert not marker.exists()
 
 
