@@ -1,8 +1,8 @@
-"""The equipment around the course: data, world, runs, reports. Nothing here is taught."""
+"""The tools around the course: data, the world, runs, reports. The lessons are in util.py."""
 
 
 class CourseError(Exception):
-    """Something the person in front of the screen can mend: one sentence, no traceback."""
+    """An error that the user can fix. It is shown as one sentence, without a traceback."""
 
     def _render_traceback_(self):  # what Jupyter shows in place of a traceback
         return [f"{type(self).__name__}: {self}"]

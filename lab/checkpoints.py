@@ -1,6 +1,6 @@
-"""What a stopped training needs again: tensors as safetensors, numbers as JSON.
+"""Checkpoints of an interrupted training: tensors as safetensors, random states as numbers.
 
-Everything is read into the models and the optimiser where they are: no tensor changes its device.
+Reading copies into the existing models and optimiser, so no tensor changes its device.
 """
 
 import random
@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 
 def write(folder, optimiser):
-    """The weights that learn and their moments, one file a model and one for AdamW."""
+    """Writes the trained weights, one file per model, and AdamW's moments."""
     moments = optimiser.adamw.state_dict()["state"]
-    parts = {f"model-{i}": changing(model) for i, model in enumerate(optimiser.models)}
+    parts = {f"model-{i}": trained_tensors(model) for i, model in enumerate(optimiser.models)}
     parts["adamw"] = {f"{i}.{name}": x for i, own in moments.items() for name, x in own.items()}
     folder.mkdir(parents=True)
     for name, tensors in parts.items():
@@ -23,22 +23,23 @@ def write(folder, optimiser):
 
 @torch.no_grad()
 def read(folder, optimiser):
-    """The reverse: in place, so that each tensor stays on the device where it is."""
+    """Reads a checkpoint into the models and the optimiser, in place."""
     for i, model in enumerate(optimiser.models):
-        own, saved = changing(model), load_file(folder / f"model-{i}.safetensors")
+        own, saved = trained_tensors(model), load_file(folder / f"model-{i}.safetensors")
         if shapes(own) != shapes(saved):
-            raise ValueError("it holds the weights of another model")
+            raise ValueError("it contains the weights of another model")
         for name, x in own.items():
             x.copy_(saved[name])
     state, groups = {}, optimiser.adamw.state_dict()["param_groups"]
     for key, x in load_file(folder / "adamw.safetensors").items():
         i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = x.clone()  # it outlives the file
+        state.setdefault(int(i), {})[name] = x.clone()  # independent of the memory-mapped file
     optimiser.adamw.load_state_dict({"state": state, "param_groups": groups})
 
 
-def changing(model):
-    """The tensors that training changes, tied ones once; frozen ones come from where they came."""
+def trained_tensors(model):
+    """Returns the trainable parameters and the buffers. Frozen weights are not part of it: they are
+    loaded from the model's own files. Tied weights occur once."""
     kept = model.state_dict().keys()
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return learning | {name: b for name, b in model.named_buffers() if name in kept}
@@ -49,7 +50,7 @@ def shapes(tensors):
 
 
 def random_states(device):
-    """Every random state that a training on this device may draw from, as plain numbers."""
+    """Returns the states of all random number generators on the CPU and this device, for JSON."""
     kind, keys, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
@@ -57,20 +58,21 @@ def random_states(device):
         "cpu": torch.get_rng_state().tolist(),
     }
     if device.type != "cpu":
-        states[device.type] = of_device(device, "get_rng_state").tolist()
+        states[device.type] = call_device(device, "get_rng_state").tolist()
     return states
 
 
 def set_random_states(states, device):
+    """Restores the states that `random_states` returned."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
-    if device.type != "cpu" and device.type in states:  # a changed run may have changed its device
-        of_device(device, "set_rng_state", torch.tensor(states[device.type], dtype=torch.uint8))
+    if device.type != "cpu" and device.type in states:  # a changed run may use another device
+        call_device(device, "set_rng_state", torch.tensor(states[device.type], dtype=torch.uint8))
 
 
-def of_device(device, name, *args):
-    """A function of torch.cuda, or of the module of another kind of device, for this one of it."""
-    one = [device] if device.type != "mps" else []  # of which there is only one
+def call_device(device, name, *args):
+    """Calls a function of torch.cuda, or of the module of another backend, for this device."""
+    one = [device] if device.type != "mps" else []  # torch.mps has one device, without an argument
     return getattr(torch.get_device_module(device), name)(*args, *one)

@@ -1,4 +1,4 @@
-"""Checks on texts and on a running training: what is cut, and what looks wrong."""
+"""Checks of the texts before training, and of the metrics while it runs."""
 
 import math
 
@@ -8,19 +8,23 @@ from lab.tokens import encoder
 
 
 def check_pretraining(cfg, blocks):
-    """Raises where pretraining has no text, or text too short for what comes later."""
+    """Raises if pretraining has too little text, or blocks too short for the later stages."""
     longest = cfg.max_prompt + cfg.max_new_tokens
     if cfg.pretrain_length < longest:
-        problem = f"pretrain_length = {cfg.pretrain_length} is impossible: at least"
-        raise CourseError(f"{problem} max_prompt + max_new_tokens = {longest}.")
+        raise CourseError(
+            f"pretrain_length = {cfg.pretrain_length} is impossible: it must be at least "
+            f"max_prompt + max_new_tokens = {longest}."
+        )
     if not len(blocks):
-        problem = f"pretrain_documents = {cfg.pretrain_documents} is impossible: their text is"
-        raise CourseError(f"{problem} shorter than pretrain_length = {cfg.pretrain_length} tokens.")
+        raise CourseError(
+            f"pretrain_documents = {cfg.pretrain_documents} is impossible: their text is shorter "
+            f"than one block of pretrain_length = {cfg.pretrain_length} tokens; raise it."
+        )
 
 
 def warn_about_texts(say, tokenizer, rows, answers, cfg):
-    """Says how many texts are longer than their limit and which end they lose, and what repeats."""
-    written, encode = [("prompt", "max_prompt", "front")], encoder(tokenizer)
+    """Reports how many texts will be cut, at which end, and how many rows are copies."""
+    written, encode = [("prompt", "max_prompt", "beginning")], encoder(tokenizer)
     written += [(field, "max_new_tokens", "end") for field in answers]
     for field, name, end in written:
         ids_of, limit = encode.answers if field in answers else encode.prompts, getattr(cfg, name)
@@ -29,50 +33,48 @@ def warn_about_texts(say, tokenizer, rows, answers, cfg):
             what = f"{count} of {len(rows)} texts in {field!r} are longer than {name} allows"
             say(f"{what} ({limit} tokens): they lose their {end}.")
     if copies := repeated(rows):
-        say(
-            f"{copies} of {len(rows)} rows are copies of others: they count as often as they occur."
-        )
+        say(f"{copies} of {len(rows)} rows are copies of other rows: each copy counts.")
 
 
-# How far rounding may move the ratio of an average token before any update, where it ought to be 1.
-# A wrong temperature, dropout left on or shifted positions move it further.
+# Before the first update the ratio of every token should be 1. Rounding alone moves the average
+# ratio by at most this much; a wrong temperature, dropout or shifted positions move it further.
 ROUNDING = {"float32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 
 
 def check_ratios(rollout, stats, precision, optimiser):
-    """Raises where sampling, scoring and training do not see one distribution.
+    """Raises if sampling, scoring and training do not use the same distribution.
 
-    What moves an average token is an error. Single tokens may lie further off, as rounding hits
-    unlikely ones hard; that is said once.
+    A shift of the average ratio is an error. Ratios of single unlikely tokens may be further off
+    because of rounding; the user is told so once.
     """
     limit, outliers = ROUNDING[precision], stats.get("ratio_error_q99", 0)
     error = max(rollout.sampling_error, stats.get("ratio_error", 0))
     if error > limit:
         raise CourseError(
             f"The first ratios of a rollout are off by {error:.2g} on average; rounding explains "
-            f"{limit:g}. Sampling and scoring see different distributions: look for dropout, a "
-            "second temperature, or a model whose answers depend on padding."
+            f"only {limit:g}. Sampling and scoring use different distributions: look for dropout, "
+            "a second temperature, or a model whose output depends on padding."
         )
     if outliers > 3 * limit and not optimiser.state.get("rounding_said"):
         optimiser.state["rounding_said"] = True
         optimiser.say(
-            f"One first ratio in a hundred is off by {outliers:.2g} or more, by rounding: "
-            "precision = float32 would be exact."
+            f"Before the first update, one ratio in a hundred is off by {outliers:.2g} or more "
+            "because of rounding. Set precision = float32 to avoid this."
         )
 
 
 def alerts(metrics, kl_limit):
-    """{name: sentence} for what a person would want to be woken for."""
+    """Returns {name: sentence} for metrics that show a training that goes wrong."""
     rules = {
         "kl": (
             kl_limit and metrics["kl"] > kl_limit,
-            f"KL is {metrics['kl']:.1f} nats an answer, beyond kl_limit = {kl_limit:g}: the policy "
-            "has left the actor. Raise kl_coef or lower policy_lr.",
+            f"KL is {metrics['kl']:.1f} nats per answer, above kl_limit = {kl_limit:g}: the policy "
+            "is too far from the actor. Raise kl_coef or lower policy_lr.",
         ),
         "empty": (
             metrics["empty"] > 0.5,
-            f"{metrics['empty']:.0%} of the answers are empty. Is the reward paid for saying "
-            "nothing? Raise kl_coef, and look at the samples.",
+            f"{metrics['empty']:.0%} of the answers are empty. Raise kl_coef, and check whether "
+            "the reward favours empty answers.",
         ),
         "endless": (
             metrics["eos"] < 0.5,

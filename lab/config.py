@@ -1,4 +1,4 @@
-"""Every number of the course: its name, its default, its presets, its checks."""
+"""All parameters of the course: names, defaults, meanings, presets and checks."""
 
 import re
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ ALGORITHMS = {
     "grpo": dict(answers=4, loss_mean="answer"),
     "rloo": dict(answers=4),
 }
-MODEL = r"(?<![\w.])model(?![\w.])"  # the reward model, as a word of its own
+MODEL = r"(?<![\w.])model(?![\w.])"  # the name of the reward model in a sum of rewards
 ONE_OF = {
     "precision": ("float32", "bf16", "fp16", "auto"),
     "kl_in": ("reward", "loss"),
@@ -45,138 +45,195 @@ ONE_OF = {
 
 @dataclass(init=False, frozen=True)
 class Config(Settings):
-    """Every number of the course. The defaults are `tiny`; None means "as the preset says"."""
+    """Every number of the course. The defaults are those of the preset `tiny`.
+
+    A parameter that you leave at None keeps the value of the preset.
+    """
 
     # all stages
-    preset: str = knob("auto", "all", "tiny, colab, full or smoke; auto: what suits the base model")
-    root: str = knob(".", "all", "the folder that holds dataset/, tokenizer/ and model/")
-    seed: int = knob(0, "all", "the same seed on the same machine gives the same numbers")
-    device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
-    max_prompt: int = knob(80, "all", "tokens of a prompt; longer ones lose their front")
-    max_new_tokens: int = knob(40, "all", "tokens of an answer, its eos included")
-    sft_share: float = knob(0.4, "all", "share of train.json that 1_actor learns from")
-    preference_share: float = knob(0.5, "all", "share whose pairs 2_critic learns from")
-    prompt_share: float = knob(0.1, "all", "share whose prompts 3_rlhf answers")
-    eval_batch: int = knob(250, "all", "rows at a time where no gradient is needed")
-    memory: float = knob(
-        0.0, "all", "GB that a stage may take, weights included; 0: 60 % of what is free"
+    preset: str = knob(
+        "auto", "all", "tiny, colab, full or smoke; auto: the one that suits the base model"
     )
-    validation_rows: int = knob(200, "actor", "rows of the SFT share kept for validation")
-    weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW's weight decay")
-    beta1: float = knob(0.9, "base actor critic rlhf", "AdamW's first moment decay")
-    beta2: float = knob(0.95, "base actor critic rlhf", "AdamW's second moment decay")
-    grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of a gradient")
-    lr_floor: float = knob(0.1, "base actor critic rlhf", "share of the peak rate at the end")
-    warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps spent warming up")
-    resume: bool = knob(True, "base actor critic rlhf", "go on where a stopped run was")
+    root: str = knob(".", "all", "folder with dataset/, tokenizer/ and model/")
+    seed: int = knob(0, "all", "seed of all random numbers")
+    device: str = knob("auto", "all", "cpu, cuda, cuda:1, ...; auto: the first GPU, else the CPU")
+    max_prompt: int = knob(
+        80, "all", "maximum tokens of a prompt; longer ones lose their beginning"
+    )
+    max_new_tokens: int = knob(40, "all", "maximum tokens of an answer, including its eos")
+    sft_share: float = knob(0.4, "all", "share of train.json for the SFT of 1_actor")
+    preference_share: float = knob(0.5, "all", "share of train.json for the pairs of 2_critic")
+    prompt_share: float = knob(0.1, "all", "share of train.json for the prompts of 3_rlhf")
+    eval_batch: int = knob(250, "all", "batch size where no gradients are needed")
+    memory: float = knob(
+        0.0, "all", "memory limit of a stage in GB, weights included; 0: 60 % of the free memory"
+    )
+    validation_rows: int = knob(200, "actor", "rows of the SFT share held out for validation")
+    weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW: weight decay")
+    beta1: float = knob(0.9, "base actor critic rlhf", "AdamW: decay of the first moment")
+    beta2: float = knob(0.95, "base actor critic rlhf", "AdamW: decay of the second moment")
+    grad_clip: float = knob(1.0, "base actor critic rlhf", "largest norm of the gradients")
+    lr_floor: float = knob(
+        0.1, "base actor critic rlhf", "final learning rate as a share of the peak"
+    )
+    warmup: float = knob(0.05, "base actor critic rlhf", "share of the steps used for warm-up")
+    resume: bool = knob(
+        True, "base actor critic rlhf", "resume an interrupted run from its last checkpoint"
+    )
     resume_changed: bool = knob(
-        False, "base actor critic rlhf", "go on although parameters or data are other ones now"
+        False, "base actor critic rlhf", "resume even if parameters or data have changed"
     )
     checkpoint_minutes: float = knob(
-        2.0, "base actor critic rlhf", "minutes between two checkpoints; 0: one after every step"
+        2.0, "base actor critic rlhf", "minutes between checkpoints; 0: after every step"
     )
     micro_batch: int = knob(
-        0, "base actor critic rlhf", "rows at once in an update, which stays the same; 0: as fit"
+        0,
+        "base actor critic rlhf",
+        "rows per forward pass of an update, same result; 0: as many as fit into memory",
     )
     cpu_fallback: bool = knob(
-        False, "base actor critic rlhf", "GPU memory too small for one row: go on with the CPU"
+        False, "base actor critic rlhf", "continue on the CPU if the GPU cannot hold even one row"
     )
-    reader: str = knob("", "all", "module.function(path) -> rows: a reader of your own; else JSON")
-    trust_remote_code: bool = knob(False, "all", "run the code that a model brings along; read it")
+    reader: str = knob(
+        "", "all", "module.function(path) -> rows: your own file reader; empty: JSON"
+    )
+    trust_remote_code: bool = knob(
+        False, "all", "run Python code that comes with a model; read that code first"
+    )
     precision: str = knob(
-        "float32", "all", "what matrices multiply in: float32, bf16, fp16; auto: what the GPU likes"
+        "float32",
+        "all",
+        "of matrix products: float32, bf16, fp16; auto: bf16 or fp16 if the GPU has it",
     )
-    lora_rank: int = knob(0, "actor critic rlhf", "rank of the adapters that learn; 0: all weights")
-    lora_alpha: float = knob(32.0, "actor critic rlhf", "adapters count alpha / rank times")
+    lora_rank: int = knob(0, "actor critic rlhf", "rank of the LoRA adapters; 0: train all weights")
+    lora_alpha: float = knob(32.0, "actor critic rlhf", "LoRA scales its adapters by alpha / rank")
     load_in_4bit: bool = knob(
         False, "actor critic rlhf", "QLoRA: frozen weights in 4 bits (a GPU and bitsandbytes)"
     )
     gradient_checkpointing: bool = knob(
-        False, "actor critic rlhf", "less memory, a third more time: activations anew in backward"
+        False,
+        "actor critic rlhf",
+        "recompute activations in the backward pass: less memory, a third more time",
     )
     # 0_download
-    base_model: str = knob("auto", "base", "auto, tiny, a hub name or a local folder")
-    fallback: bool = knob(True, "base", "a model that will not load: take tiny (else: an error)")
-    vocab_size: int = knob(1280, "base", "tiny: tokens of the tokenizer at most")
-    hidden_size: int = knob(128, "base", "tiny: width")
-    layers: int = knob(2, "base", "tiny: layers")
+    base_model: str = knob(
+        "auto", "base", "tiny, a model on the hub or a local folder; auto: tiny without a GPU"
+    )
+    fallback: bool = knob(True, "base", "use tiny if the base model does not load; False: an error")
+    vocab_size: int = knob(1280, "base", "tiny: largest size of the vocabulary")
+    hidden_size: int = knob(128, "base", "tiny: hidden size")
+    layers: int = knob(2, "base", "tiny: number of layers")
     heads: int = knob(4, "base", "tiny: attention heads")
-    init_std: float = knob(0.06, "base", "tiny: scale of the random weights; decides all (see 0)")
-    pretrain_documents: int = knob(50_000, "base", "tiny: documents of pretraining text")
-    pretrain_steps: int = knob(1_000, "base", "tiny: steps of pretraining")
-    pretrain_batch: int = knob(16, "base", "tiny: blocks a step")
-    pretrain_length: int = knob(128, "base", "tiny: tokens a block, and of the longest text")
+    init_std: float = knob(
+        0.06,
+        "base",
+        "tiny: standard deviation of the random weights; see 0_download for its effect",
+    )
+    pretrain_documents: int = knob(50_000, "base", "tiny: documents of the pretraining text")
+    pretrain_steps: int = knob(1_000, "base", "tiny: pretraining steps")
+    pretrain_batch: int = knob(16, "base", "tiny: blocks per step")
+    pretrain_length: int = knob(128, "base", "tiny: tokens per block, and the longest input")
     pretrain_lr: float = knob(4e-3, "base", "tiny: peak learning rate")
     # 1_actor
-    actor_lr: float = knob(1e-3, "actor", "peak learning rate")
-    actor_batch: int = knob(32, "actor", "rows a step")
-    actor_epochs: int = knob(1, "actor", "passes over the rows")
+    actor_lr: float = knob(1e-3, "actor", "peak learning rate of SFT")
+    actor_batch: int = knob(32, "actor", "rows per SFT step")
+    actor_epochs: int = knob(1, "actor", "passes over the SFT rows")
     # 2_critic
-    critic_lr: float = knob(5e-4, "critic", "peak learning rate")
-    critic_batch: int = knob(16, "critic", "pairs a step")
+    critic_lr: float = knob(5e-4, "critic", "peak learning rate of the reward model")
+    critic_batch: int = knob(16, "critic", "pairs per step")
     critic_epochs: int = knob(1, "critic", "passes over the pairs")
-    score_penalty: float = knob(0.001, "critic", "price of large scores: keeps them near zero")
-    ensemble: int = knob(1, "critic", "reward models, each on a shuffle of its own")
-    norm_prompts: int = knob(64, "critic", "prompts whose answers set the scale of the scores")
-    norm_answers: int = knob(4, "critic", "answers to each of them")
+    score_penalty: float = knob(
+        0.001, "critic", "weight of the mean squared score in the loss; keeps scores near zero"
+    )
+    ensemble: int = knob(1, "critic", "number of reward models, each with its own order of pairs")
+    norm_prompts: int = knob(64, "critic", "prompts that set the scale of the scores")
+    norm_answers: int = knob(4, "critic", "answers to each of these prompts")
     # 3_rlhf
     algorithm: str = knob(
-        "ppo", "rlhf", "ppo, grpo, rloo, dpo, or module.function: a loss of yours"
+        "ppo", "rlhf", "ppo, grpo, rloo, dpo, or module.function: a loss of your own"
     )
-    reward: str = knob("model", "rlhf test", 'a sum like "model - 0.01*length + my.reward"')
+    reward: str = knob(
+        "model", "rlhf test", 'the reward: a sum like "model - 0.01*length + my.reward"'
+    )
     ensemble_rule: str = knob(
-        "mean", "rlhf test", "mean, min, or cautious: mean minus k deviations"
+        "mean",
+        "rlhf test",
+        "score of an ensemble: mean, min, or cautious: mean - k standard deviations",
     )
-    ensemble_k: float = knob(1.0, "rlhf test", "the k of cautious")
-    steps: int = knob(24, "rlhf", "rollouts")
-    rollout: int = knob(96, "rlhf", "answers a rollout")
-    answers: int = knob(1, "rlhf", "answers to each prompt of a rollout (grpo, rloo: 4)")
+    ensemble_k: float = knob(1.0, "rlhf test", "k of the rule cautious")
+    steps: int = knob(24, "rlhf", "number of rollouts")
+    rollout: int = knob(96, "rlhf", "answers per rollout")
+    answers: int = knob(1, "rlhf", "answers per prompt of a rollout (grpo and rloo: 4)")
     ppo_epochs: int = knob(2, "rlhf", "passes over each rollout")
-    minibatch: int = knob(48, "rlhf", "answers an update")
+    minibatch: int = knob(48, "rlhf", "answers per update")
     policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
     value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
-    temperature: float = knob(1.0, "rlhf test", "of sampling, and of every log-prob")
-    kl_in: str = knob("reward", "rlhf", "reward or loss: where the KL is paid for")
+    temperature: float = knob(1.0, "rlhf test", "temperature of sampling and of all logprobs")
+    kl_in: str = knob(
+        "reward", "rlhf", "where the KL penalty is applied: reward (per token) or loss"
+    )
     kl_estimator: str = knob(
-        "k1", "rlhf", "k1, k2 or k3: how the KL is estimated (in the loss: k3 or k2)"
+        "k1", "rlhf", "KL estimator: k1, k2 or k3 (with kl_in = loss: k3 or k2)"
     )
-    kl_coef: float = knob(0.2, "rlhf", "price of a nat of KL to the actor, per token")
-    kl_target: float = knob(0.0, "rlhf", "KL per answer that kl_coef aims at; 0: it stays fixed")
-    kl_horizon: int = knob(2_000, "rlhf", "answers over which kl_coef adapts")
+    kl_coef: float = knob(0.2, "rlhf", "weight of the KL penalty (KL to the actor, per token)")
+    kl_target: float = knob(
+        0.0, "rlhf", "adapt kl_coef to reach this KL per answer; 0: kl_coef stays fixed"
+    )
+    kl_horizon: int = knob(2_000, "rlhf", "number of answers over which kl_coef adapts")
     gamma: float = knob(1.0, "rlhf", "discount of later rewards")
-    lam: float = knob(1.0, "rlhf", "GAE's lambda: 1 trusts the reward, 0 trusts the values")
-    clip_ratio: float = knob(0.2, "rlhf", "how far the ratio may move before its gradient stops")
-    value_clip: float = knob(0.2, "rlhf", "how far a value may move before its gradient stops")
+    lam: float = knob(1.0, "rlhf", "lambda of GAE; lower values rely more on the value model")
+    clip_ratio: float = knob(
+        0.2, "rlhf", "clip range: the loss clips every ratio to 1 plus or minus this"
+    )
+    value_clip: float = knob(
+        0.2, "rlhf", "PPO: the value loss clips every value to its old value plus or minus this"
+    )
     value_coef: float = knob(1.0, "rlhf", "weight of the value loss")
-    entropy_coef: float = knob(0.0, "rlhf", "bonus for staying undecided")
-    whiten: bool = knob(True, "rlhf", "ppo: advantages with mean 0 and deviation 1")
-    group_scale: bool = knob(True, "rlhf", "grpo: advantages in deviations of the group")
-    loss_mean: str = knob("token", "rlhf", "token: long answers weigh more; answer: all the same")
-    value_init: str = knob("critic", "rlhf", "critic or actor: where the value model starts")
-    reward_norm: bool = knob(False, "rlhf", "scores around their running mean, in deviations")
-    reward_clip: float = knob(4.0, "rlhf", "scores are cut to plus or minus this")
-    missing_eos_penalty: float = knob(3.0, "rlhf", "taken off the score of an answer without eos")
-    length_penalty: float = knob(0.0, "rlhf", "taken off the score for each token of an answer")
-    stop_kl: float = knob(0.1, "rlhf", "KL to the rollout at which the epochs on it end; 0: never")
-    kl_limit: float = knob(10.0, "rlhf", "nats per answer beyond which there is an alert; 0: never")
+    entropy_coef: float = knob(
+        0.0, "rlhf", "weight of the entropy bonus, which favours exploration"
+    )
+    whiten: bool = knob(True, "rlhf", "PPO: scale advantages to mean 0 and standard deviation 1")
+    group_scale: bool = knob(
+        True, "rlhf", "GRPO: divide advantages by the standard deviation of their group"
+    )
+    loss_mean: str = knob(
+        "token", "rlhf", "token: every token weighs the same; answer: every answer does"
+    )
+    value_init: str = knob("critic", "rlhf", "initial weights of the value model: critic or actor")
+    reward_norm: bool = knob(
+        False, "rlhf", "normalise scores by their running mean and standard deviation"
+    )
+    reward_clip: float = knob(4.0, "rlhf", "clip scores to plus or minus this")
+    missing_eos_penalty: float = knob(
+        3.0, "rlhf", "subtracted from the score of an answer without eos"
+    )
+    length_penalty: float = knob(0.0, "rlhf", "subtracted from the score for every answer token")
+    stop_kl: float = knob(
+        0.1,
+        "rlhf",
+        "end the passes over a rollout if the KL to its old policy exceeds this; 0: never",
+    )
+    kl_limit: float = knob(
+        10.0, "rlhf", "alert when the KL per answer exceeds this many nats; 0: never"
+    )
     stop_on_alert: bool = knob(
-        False, "rlhf", "an alert (KL, empty or endless answers) stops the run"
+        False, "rlhf", "stop the run on an alert (high KL, empty answers, answers without eos)"
     )
-    sample_every: int = knob(5, "rlhf", "steps between two looks at the same fixed prompts")
-    dpo_beta: float = knob(0.3, "rlhf", "dpo: price of the distance from the reference")
-    dpo_lr: float = knob(2e-4, "rlhf", "dpo: peak learning rate")
-    dpo_batch: int = knob(32, "rlhf", "dpo: pairs a step")
-    dpo_epochs: int = knob(1, "rlhf", "dpo: passes over the pairs")
-    dpo_loss: str = knob("sigmoid", "rlhf", "dpo: sigmoid, hinge or ipo")
-    dpo_smoothing: float = knob(0.0, "rlhf", "dpo: share of pairs thought to be labelled wrongly")
-    dpo_nll: float = knob(0.0, "rlhf", "dpo: weight of the chosen answer's own loss")
+    sample_every: int = knob(5, "rlhf", "steps between sample answers to a fixed set of prompts")
+    dpo_beta: float = knob(0.3, "rlhf", "DPO: beta, which keeps the policy near the reference")
+    dpo_lr: float = knob(2e-4, "rlhf", "DPO: peak learning rate")
+    dpo_batch: int = knob(32, "rlhf", "DPO: pairs per step")
+    dpo_epochs: int = knob(1, "rlhf", "DPO: passes over the pairs")
+    dpo_loss: str = knob("sigmoid", "rlhf", "DPO: sigmoid, hinge or ipo")
+    dpo_smoothing: float = knob(0.0, "rlhf", "DPO: assumed share of pairs with the wrong label")
+    dpo_nll: float = knob(0.0, "rlhf", "DPO: weight of the SFT loss on the chosen answers")
     # 4_test
-    test_rows: int = knob(1_000, "test", "rows of eval.json to answer, at most")
-    best_of: int = knob(
-        4, "test", "best-of-n: answers of the actor to choose from; 1: leave it out"
+    test_rows: int = knob(1_000, "test", "maximum number of rows of eval.json to answer")
+    best_of: int = knob(4, "test", "best-of-n: answers of the actor per question; 1: skip it")
+    best_of_rows: int = knob(250, "test", "best-of-n: maximum number of rows to answer")
+    metric: str = knob(
+        "", "test", "module.function(prompts, responses) -> numbers: your own metric for the report"
     )
-    best_of_rows: int = knob(250, "test", "rows that best-of-n answers, at most")
-    metric: str = knob("", "test", "module.function(prompts, responses) -> numbers, reported too")
 
     presets = PRESETS
     may_be_zero = frozenset({"seed", "validation_rows", "micro_batch", "lora_rank"})
@@ -184,13 +241,13 @@ class Config(Settings):
 
     @staticmethod
     def implied(values):
-        """What other choices are usually run with, unless something else is given."""
+        """Returns the usual settings of the chosen algorithm; your own values override them."""
         estimator = {"kl_estimator": "k3"} if values["kl_in"] == "loss" else {}
         return ALGORITHMS.get(values["algorithm"], {}) | estimator
 
     @classmethod
     def of(cls, preset="auto", root=".", **values):
-        """A Config for a notebook: preset auto is what suits the base model of 0_download."""
+        """Returns the Config of a notebook. Preset `auto` suits the base model of 0_download."""
         if preset == "auto" and has_record(root, "base"):
             record = read_record(root, "base")
             given = record["config"].get("preset")
@@ -201,45 +258,61 @@ class Config(Settings):
         return cls(preset, root=root, **values)
 
     def check(self):
-        """Raises on what cannot work, with the numbers in the message."""
+        """Raises a CourseError for values that cannot work; it names the value and the rule."""
         shares = self.sft_share, self.preference_share, self.prompt_share
         for name, fine, rule in (
             (
                 "sft_share",
                 min(shares) >= 0 and sum(shares) <= 1.0001,
-                "the shares must add up to at most 1",
+                f"sft_share, preference_share and prompt_share add up to {sum(shares):.4g}; they "
+                "must add up to at most 1",
             ),
             ("minibatch", 1 <= self.minibatch <= self.rollout, "it must lie between 1 and rollout"),
             ("hidden_size", self.hidden_size % self.heads == 0, "it must be a multiple of heads"),
             ("seed", self.seed < 2**63, "it must be below 2 to the power of 63"),
-            ("beta1", self.beta1 < 1, "it must be at least 0, below 1"),
-            ("beta2", self.beta2 < 1, "it must be at least 0, below 1"),
+            ("beta1", self.beta1 < 1, "it must be at least 0 and below 1"),
+            ("beta2", self.beta2 < 1, "it must be at least 0 and below 1"),
             ("gamma", 0 <= self.gamma <= 1, "it must lie between 0 and 1"),
             ("lam", 0 <= self.lam <= 1, "it must lie between 0 and 1"),
             ("temperature", self.temperature > 0, "it must be above 0"),
-            ("warmup", 0 <= self.warmup < 1, "it must be at least 0, below 1"),
+            ("warmup", 0 <= self.warmup < 1, "it must be at least 0 and below 1"),
             ("rollout", self.rollout % self.answers == 0, "it must be a multiple of answers"),
-            ("answers", self.answers > 1 or self.algorithm not in ALGORITHMS, "a group needs two"),
+            (
+                "answers",
+                self.answers > 1 or self.algorithm not in ALGORITHMS,
+                f"{self.algorithm} compares the answers to one prompt and needs at least 2 of them",
+            ),
             (
                 "kl_estimator",
                 self.kl_in != "loss" or self.kl_estimator != "k1",
-                "with kl_in = loss its gradient is zero on average and nothing holds the policy "
-                "back; use k3 or k2, or kl_in = reward",
+                "with kl_in = loss its gradient is zero on average, so it does not limit the KL; "
+                "use k3 or k2, or set kl_in = reward",
             ),
-            ("load_in_4bit", self.lora_rank or not self.load_in_4bit, "it needs lora_rank"),
+            (
+                "load_in_4bit",
+                self.lora_rank or not self.load_in_4bit,
+                "weights in 4 bits cannot be trained; set lora_rank to train adapters",
+            ),
             ("dpo_smoothing", self.dpo_smoothing < 0.5, "it must be below 0.5"),
             (
                 "dpo_smoothing",
                 not self.dpo_smoothing or self.dpo_loss == "sigmoid",
-                "it belongs to dpo_loss = sigmoid",
+                "only dpo_loss = sigmoid can use it; set it to 0",
             ),
-            ("norm_answers", self.norm_answers >= 2, "a spread needs two answers or more"),
+            (
+                "norm_answers",
+                self.norm_answers >= 2,
+                "a standard deviation needs at least 2 answers",
+            ),
         ):
             if not fine:
                 raise CourseError(f"{name} = {getattr(self, name)!r} is impossible: {rule}.")
 
     def starts_from(self, reward=None):
-        """The stages 3_rlhf reads: the critic only for its scores, or where values begin."""
+        """Returns the stages that 3_rlhf reads.
+
+        It needs the critic only as the reward model or as the start of the value model.
+        """
         values = self.algorithm == "ppo" and self.value_init == "critic"
         scores = reward is None and self.algorithm != "dpo" and re.search(MODEL, self.reward)
         return ["actor", "critic"] if values or scores else ["actor"]

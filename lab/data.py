@@ -1,4 +1,4 @@
-"""Data in: JSON or JSON lines from anywhere, one row format out."""
+"""Reads and checks data files: JSON or JSON Lines in, a list of dicts out."""
 
 import difflib
 import json
@@ -10,25 +10,25 @@ from typing import NamedTuple
 
 from lab import CourseError
 
-LAYOUT = ": a file holds one JSON object a line, or one JSON list of objects."
-NUL = "there are NUL characters", ": remove them, or save the file as UTF-8."
+LAYOUT = ": write one JSON object per line, or one JSON list of objects."
+NUL = "the text contains NUL characters", ": remove them, or save the file as UTF-8."
 
 
-class Trouble(NamedTuple):
-    """What stands where a good row should, what to do, and on which line of its text."""
+class Problem(NamedTuple):
+    """Why a row cannot be used and what to do about it."""
 
     what: str
     remedy: str
-    line: int | None = None
+    line: int | None = None  # the line of the text in which it was found
 
 
 def read_rows(path, needs=("prompt",), reader=None):
-    """The rows of a file, each a dict with at least the texts `needs`, none of them empty.
+    """Returns the rows of a file as dicts. Every field in `needs` is a text that is not empty.
 
-    One JSON object a line, or one JSON list; or what `reader(path)` makes of any other format. A
-    prompt without the dialogue frame gets it.
+    The file holds one JSON object per line or one JSON list; `reader(path)` reads any other format.
+    Prompts get the dialogue frame "Human: ... Assistant:" if they lack it.
     """
-    path, rows, troubles, needs = Path(path), [], {}, dict.fromkeys(("prompt", *needs))
+    path, rows, problems, needs = Path(path), [], {}, dict.fromkeys(("prompt", *needs))
     with reading(path):
         found = (
             ((f"row {i}", row) for i, row in enumerate(reader(path), 1))
@@ -36,44 +36,44 @@ def read_rows(path, needs=("prompt",), reader=None):
             else entries(path)
         )
         for place, row in found:
-            trouble = row if isinstance(row, Trouble) else trouble_of(row, needs)
-            if trouble:
-                troubles.setdefault(trouble.what, []).append((place, trouble.remedy))
+            problem = row if isinstance(row, Problem) else problem_of(row, needs)
+            if problem:
+                problems.setdefault(problem.what, []).append((place, problem.remedy))
             else:
                 rows.append(row)
                 row["prompt"] = framed(row["prompt"])
-    for what, ((place, remedy), *more) in troubles.items():
+    for what, ((place, remedy), *more) in problems.items():
         first = f" (the first of {len(more) + 1})" if more else ""
         raise CourseError(f"{path}, {place}{first}: {what}{remedy}")
     if not rows:
-        raise CourseError(f"{path} holds no rows{LAYOUT}")
+        raise CourseError(f"{path} contains no rows{LAYOUT}")
     return rows
 
 
 @contextmanager
 def reading(path):
-    """What keeps a file from being read, in a sentence."""
+    """Turns errors of opening or reading a file into a CourseError."""
     try:
         yield
     except FileNotFoundError:
-        message = f"{path} is not there: `python -m lab world` writes the embedded data."
+        message = f"{path} does not exist: run `python -m lab world` to write the embedded data."
         raise CourseError(message) from None
     except OSError as error:
-        message = f"{path} cannot be read ({error.strerror}): it must be a file you may read."
+        message = f"{path} cannot be read ({error.strerror}): it must be a file that you may read."
         raise CourseError(message) from None
 
 
 def entries(path):
-    """(place, row) for every row of a file; where one cannot be read, a Trouble in its stead."""
+    """Yields (place, row) for every row of a file, with a Problem for each unreadable row."""
     decode, layout = json.JSONDecoder(parse_constant=no_constant).decode, ""
-    # Bytes that are no UTF-8 come as surrogates, which `parsed` finds: so their line is known.
+    # surrogateescape keeps bytes that are not UTF-8, so that `parsed` can report their line.
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             line = line.lstrip("\ufeff")
             layout = layout or line.lstrip()[:1]
             if layout == "[":
                 found = parsed(decode, line + file.read())
-                if isinstance(found, Trouble):
+                if isinstance(found, Problem):
                     known = f"line {number + (found.line or 0) - 1}"
                     yield known if found.line else "somewhere in the list", found
                 else:
@@ -83,11 +83,11 @@ def entries(path):
 
 
 def no_constant(name):
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def parsed(decode, text):
-    """The value that a text of JSON holds, or a Trouble."""
+    """Parses JSON; returns the value, or a Problem."""
     try:
         text.encode()
         return decode(text)
@@ -95,55 +95,57 @@ def parsed(decode, text):
         wide = text.startswith(("\udcff\udcfe", "\udcfe\udcff"))
         what = "this is UTF-16 text" if wide else "this is not UTF-8 text"
         line = text.count("\n", 0, error.start) + 1
-        return Trouble(what, ": save the file as UTF-8.", line)
+        return Problem(what, ": save the file as UTF-8.", line)
     except json.JSONDecodeError as error:
         if "\0" in text:
-            return Trouble(*NUL, text.count("\n", 0, text.index("\0")) + 1)
+            return Problem(*NUL, text.count("\n", 0, text.index("\0")) + 1)
         reason = f" ({error.msg}: column {error.colno})"
-        return Trouble("this is not valid JSON", reason + LAYOUT, error.lineno)
+        return Problem("this is not valid JSON", reason + LAYOUT, error.lineno)
     except RecursionError:
-        return Trouble("brackets are nested too deeply", ": a row is one flat object.")
-    except ValueError as error:  # from `no_constant`, or more digits than Python takes
+        return Problem("brackets are nested too deeply", ": write each row as one flat object.")
+    except ValueError as error:  # from `no_constant`, or more digits than Python accepts
         what = "a number is too long" if "digits" in str(error) else str(error)
-        return Trouble(what, ": write null, or a text in quotes.")
+        return Problem(what, ": write null, or a text in quotes.")
 
 
-def trouble_of(row, needs):
-    """What keeps a row from being used; None if nothing does."""
+def problem_of(row, needs):
+    """Returns the Problem of a row; None if the row can be used."""
     if not isinstance(row, dict):
-        return Trouble("a row must be an object", ' like {"prompt": "..."}.')
+        return Problem("a row must be an object", ' like {"prompt": "..."}.')
     texts = "".join([*row, *(value for value in row.values() if isinstance(value, str))])
     if "\0" in texts:
-        return Trouble(*NUL)
+        return Problem(*NUL)
     try:
         texts.encode()
     except UnicodeEncodeError:
-        return Trouble("half a character, like \\ud800", ": remove it, no tokenizer takes it.")
+        what = "the text contains half of a surrogate pair, like \\ud800"
+        return Problem(what, ": remove it, because no tokenizer accepts it.")
     for name in needs:
         if name not in row:
             near = difflib.get_close_matches(name, row, n=1)
-            there = textwrap.shorten(", ".join(row), 80, placeholder=" ..") or "none"
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {there}."
-            return Trouble(f"the field {name!r} is missing", hint)
+            there = textwrap.shorten(", ".join(row), 80, placeholder=" ..") or "no fields"
+            rename = f"{near[0]!r}: rename it to {name!r}." if near else f"{there}."
+            hint = f"; the row has {rename}"
+            return Problem(f"the field {name!r} is missing", hint)
         if not isinstance(row[name], str):
-            return Trouble(f"the field {name!r} must be a text", ': write it as "...".')
+            return Problem(f"the field {name!r} must be a text", ': write it as "...".')
         if not row[name].strip():
-            return Trouble(f"the field {name!r} is empty", ": fill it, or remove such rows.")
+            return Problem(f"the field {name!r} is empty", ": fill it in, or remove such rows.")
     if {"chosen", "rejected"} <= needs.keys() and row["chosen"].strip() == row["rejected"].strip():
-        return Trouble("chosen and rejected are equal", ": remove such rows, they teach nothing.")
+        return Problem("chosen and rejected are equal", ": remove such rows; they teach nothing.")
     return None
 
 
 def framed(prompt):
-    """The course's dialogue frame, unless the prompt has one already."""
+    """Puts a prompt into the dialogue frame "Human: ... Assistant:", unless it has one."""
     prompt = prompt.strip()
     return prompt if prompt.endswith("Assistant:") else f"Human: {prompt} Assistant:"
 
 
 def turns(prompt):
-    """A prompt in the course's frame as messages for a chat template."""
+    """Splits a prompt in the course's frame into messages for a chat template."""
     parts = re.split(r"(?:^|\s)(Human|Assistant):", prompt)
-    if parts[0].strip():  # words before the first turn tell the model who it is
+    if parts[0].strip():  # words before the first turn are the system prompt
         parts = ["", "System", parts[0], *parts[1:]]
     roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
     said = zip(parts[1::2], parts[2::2])
@@ -152,23 +154,23 @@ def turns(prompt):
 
 
 def repeated(rows):
-    """How many rows are exact copies of an earlier one."""
+    """Counts the rows that are exact copies of an earlier row."""
     return len(rows) - len({json.dumps(row, sort_keys=True) for row in rows})
 
 
 def check_no_overlap(train, evals, path):
-    """Raises if a prompt of the evaluation, read from `path`, is also one of the training."""
+    """Raises if a prompt of the evaluation rows, read from `path`, is in the training rows."""
     known = {row["prompt"] for row in train}
     both = [number for number, row in enumerate(evals, 1) if row["prompt"] in known]
     if both:
         raise CourseError(
             f"{path}, row {both[0]} (the first of {len(both)}): this prompt is also in the "
-            "training rows: remove it from one of the two, a test on trained rows proves nothing."
+            "training rows. Remove it from one of them: a test on training rows proves nothing."
         )
 
 
 def with_pairs(rows):
-    """The rows that hold both answers of a pair."""
+    """Returns the rows that have a chosen and a rejected answer."""
     pairs = [(row.get("chosen"), row.get("rejected")) for row in rows]
     fine = [all(isinstance(text, str) and text.strip() for text in pair) for pair in pairs]
     return [row for row, keep in zip(rows, fine) if keep]

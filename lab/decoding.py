@@ -1,7 +1,7 @@
-"""Reading prompts, then one more token a row at a time: the fast way and any model's own.
+"""Generation with a cache of keys and values: a fast decoder, and a plain one for any model.
 
-On the fast path weights that are used together are fused, and keys and values have room from the
-beginning.
+The fast decoder fuses the weights that are used together. It allocates the cache for all tokens at
+the start, instead of extending it token by token.
 """
 
 from dataclasses import replace
@@ -15,12 +15,12 @@ from lab.agreement import agree
 from lab.fast_path import decoder_of, layout, run_layers
 from lab.plain_path import forward, unwrapped
 
-BIG = 2**19  # elements from which a matrix is worth packing for oneDNN
+BIG = 2**19  # elements of a matrix from which packing it for oneDNN pays off
 
 
 def start_decoding(model, prompt_ids, prompt_mask, room):
-    """A decoder that has read the prompts and can go on for `room` tokens, and the logits behind
-    them, (B, V)."""
+    """Reads the prompts. Returns a decoder for up to `room` more tokens, and the logits of the next
+    token, (B, V)."""
     model, last = unwrapped(model), torch.zeros_like(prompt_mask)
     last[:, -1] = True
     decoder = decoder_of(model)
@@ -32,35 +32,37 @@ def start_decoding(model, prompt_ids, prompt_mask, room):
             return cached, cached.read(batch)
     plain = PlainDecoder(model)
     prompts = torch.stack([prompt_ids, prompt_mask.long()], 1)
-    prompts, copies = prompts.unique(dim=0, return_inverse=True)  # read once, answered often
+    prompts, copies = prompts.unique(dim=0, return_inverse=True)  # read equal prompts only once
     logits = plain.read(prompts[:, 0], prompts[:, 1].bool())
     plain.keep(copies)
     return plain, logits[copies]
 
 
 class PlainDecoder:
-    """Generation with the model's own forward and cache."""
+    """Generates with the model's own forward and cache."""
 
     def __init__(self, model):
         self.model, self.cache = model, DynamicCache(config=model.config)
 
     def read(self, ids, mask):
-        """Logits behind the last column of ids, (B, V); the mask covers all that was read."""
+        """Returns the logits after the last column of ids, (B, V). The mask covers all tokens so
+        far, including those in the cache."""
         self.mask, more = mask, dict(cache=self.cache, use_cache=True, logits_to_keep=1)
         return forward(self.model, ids, mask, **more).logits[:, -1]
 
     def next(self, token):
-        """Logits behind one more token in each row, (B, V)."""
+        """Appends one token to each row and returns the logits after it, (B, V)."""
         return self.read(token[:, None], F.pad(self.mask, (0, 1), value=True))
 
     def keep(self, rows):
-        """Goes on with these rows only; a row may be named several times."""
+        """Keeps only these rows; an index may occur several times."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
 
 def replay(model, ids, mask):
-    """Logits (B, 3, V) behind each row, and behind its first token once more, and again."""
+    """Returns the logits (B, 3, V) after each row, and after appending its first token once and
+    twice: what a decoder computes in two steps, from one plain forward pass."""
     ends = mask.sum(1, keepdim=True)  # (B, 1)
     more = ends + torch.arange(2, device=ids.device)
     ids = F.pad(ids, (0, 2)).scatter(1, more, ids[:, :1].expand_as(more))
@@ -71,16 +73,19 @@ def replay(model, ids, mask):
 
 
 class CachedDecoder:
-    """Reads prompts, then one more token a row at a time, with the weights of this moment."""
+    """The fast decoder: reads prompts, then one token per row at a time.
+
+    It may copy weights when it is created, so it is valid only until the next update.
+    """
 
     def __init__(self, model, decoder, room):
         self.decoder = replace(decoder, layers=[fused_layer(x) for x in decoder.layers])
         self.head, self.room = fused([model.lm_head]), max(room, 2)
 
     def read(self, batch):
-        """Logits behind each prompt of a packed batch, (B, V)."""
-        # (B, heads, d, P + room) and (B, heads, P + room, d) for each layer, filled from the left:
-        # what one query multiplies is contiguous.
+        """Returns the logits after each prompt of a packed batch, (B, V)."""
+        # Keys (B, heads, d, P + room) and values (B, heads, P + room, d) of each layer, filled from
+        # the left. In this layout the numbers that one query multiplies are contiguous.
         self.keys, self.values, decoder = [], [], self.decoder
         self.use(batch.lengths)
         size = len(self.at), decoder.kv_heads, self.longest + self.room, decoder.head_dim
@@ -96,29 +101,29 @@ class CachedDecoder:
             return batch.attention(q, k, v, store=store)
 
         logits = self.head(run_layers(decoder, batch.ids, batch.positions, attend, batch.wanted))
-        if len(batch.lengths) < len(batch.twins):
-            self.keep(batch.twins)
+        if len(batch.lengths) < len(batch.row_of):
+            self.keep(batch.row_of)
         return logits.index_select(0, batch.copies)
 
     def replay(self, ids, mask):
-        """What the function `replay` finds with the model's own forward."""
+        """Returns what the function `replay` returns, computed by this decoder."""
         last = F.one_hot(mask.sum(1) - 1, ids.shape[1]).bool()
         logits = [self.read(layout(ids, mask, last))] + [self.next(ids[:, 0]) for _ in range(2)]
         return torch.stack(logits, 1)
 
     def keep(self, rows):
-        """Goes on with these rows only; a row may be named several times."""
+        """Keeps only these rows; an index may occur several times."""
         self.keys, self.values = ([part[rows] for part in x] for x in (self.keys, self.values))
         self.use(self.at[rows])
 
     def use(self, at):
-        """`at`, (B,): where each row goes on."""
+        """Sets the position of the next token of each row, `at`, (B,)."""
         self.at, self.rows = at, torch.arange(len(at), device=at.device)
         places = at.tolist()
         self.longest, self.equal = max(places), len(set(places)) == 1
 
     def next(self, token):
-        """Logits behind one more token in each row, (B, V)."""
+        """Appends one token to each row and returns the logits after it, (B, V)."""
         rows, at = (slice(None), self.longest) if self.equal else (self.rows, self.at)
         self.longest += 1
         decoder, T, B = self.decoder, self.longest, len(token)
@@ -129,7 +134,7 @@ class CachedDecoder:
         def attend(i, q, k, v):
             self.keys[i][rows, :, :, at], self.values[i][rows, :, at] = k, v
             k, v = self.keys[i].flatten(0, 1)[:, :, :T], self.values[i].flatten(0, 1)[:, :T]
-            q = q.reshape(len(k), -1, decoder.head_dim)  # queries that share a key stand together
+            q = q.reshape(len(k), -1, decoder.head_dim)  # group the queries that share a key
             weights = torch.baddbmm(mask.to(q.dtype), q, k, alpha=decoder.head_dim**-0.5)
             return torch.bmm(weights.softmax(-1), v).view(B, -1)
 
@@ -139,13 +144,14 @@ class CachedDecoder:
 
 
 def fused_layer(layer):
+    """Returns a layer with fused matrices and without dropout."""
     up, parts = [fused([matrix]) for matrix in layer.up], dict(out=layer.out, down=layer.down)
     parts = {name: fused([matrix]) for name, matrix in parts.items()}
     return replace(layer, qkv=[fused(layer.qkv)], up=up, **parts, dropout=0.0)
 
 
 def fused(matrices):
-    """Several matrices as one, in the order and precision in which they will be used."""
+    """Returns a function that applies several linear layers to the same input as one product."""
     parts, biases = [merged_weight(m) for m in matrices], [m.bias for m in matrices]
     if any(part is None for part in parts) or len({b is None for b in biases}) > 1:
         return lambda x: torch.cat([matrix(x) for matrix in matrices], -1)
@@ -154,7 +160,7 @@ def fused(matrices):
     device = weight.device.type
     if torch.is_autocast_enabled(device):
         weight = weight.to(torch.get_autocast_dtype(device))
-    elif worth_packing(weight):  # oneDNN wants blocks: made once here, not at every token
+    elif worth_packing(weight):  # oneDNN needs a blocked layout: convert once, not at every token
         op = torch.ops.mkldnn
         weight = op._reorder_linear_weight(weight.detach())
         return lambda x: op._linear_pointwise(x, weight, bias, "none", [], "")
@@ -167,7 +173,8 @@ def worth_packing(weight):
 
 
 def merged_weight(matrix):
-    """(out, in), an adapter's share included; None where that cannot be said (4 bits, say)."""
+    """Returns the weight, (out, in), with its adapters merged; None if that is impossible, as for
+    weights in 4 bits."""
     if hasattr(matrix, "get_delta_weight"):
         variants = getattr(matrix, "use_dora", {}), getattr(matrix, "lora_bias", {})
         off = matrix.disable_adapters or matrix.merged

@@ -1,4 +1,4 @@
-"""Errors in words: what happened, where, and what to do about it."""
+"""Turns exceptions into sentences that say what happened, where, and what to do."""
 
 import errno
 import functools
@@ -17,40 +17,41 @@ NOTEBOOKS = {
     "rlhf": "3_rlhf.ipynb",
     "report": "4_test.ipynb",
 }
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-ODD = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+FILE_OR_FOLDER = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
 def out_of_memory(error):
+    """Returns whether an error means that the memory of the CPU or the GPU ran out."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def explained(error):
-    """A sentence about an error of the machine, not of the program; None for any other error."""
+    """Describes an error of memory, disk or permissions in a sentence; None for other errors."""
     if out_of_memory(error):
         return (
-            "Memory ran out: lower eval_batch, rollout, micro_batch or max_new_tokens, or take a "
+            "Memory ran out: lower eval_batch, rollout, micro_batch or max_new_tokens, or use a "
             "smaller model."
         )
-    # What is written in Rust tells the number in its text.
+    # Libraries written in Rust give the error number in the text only.
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-    if number in FULL:
-        return f"The disk is full{where}: make room, then run this again."
-    if number in CLOSED:
-        return f"There is no permission to write here{where}: allow it, or choose another root."
-    if number in ODD:
-        return f"A file stands where a folder belongs, or the reverse{where}: move it away."
+    if number in DISK_FULL:
+        return f"The disk is full{where}: free some space, then run this again."
+    if number in NO_PERMISSION:
+        return f"You have no permission to write here{where}: allow it, or choose another root."
+    if number in FILE_OR_FOLDER:
+        return f"A file is where a folder should be, or the reverse{where}: move it away."
     return None
 
 
 @contextmanager
 def loading(path, part=""):
-    """Whatever a hub, a disk or a file format can do wrong, in one sentence."""
+    """Turns every error of loading a model into one sentence, whether hub, disk or file format."""
     try:
         reach(path)
         yield
@@ -58,12 +59,12 @@ def loading(path, part=""):
         reason = part + reason_of(error)
         record = Path(path) / "stage.json"
         remedy = f" Run {NOTEBOOKS[Path(path).name]} again." if record.exists() else ""
-        raise CourseError(f"{path} will not load ({reason}).{remedy}") from None
+        raise CourseError(f"{path} does not load ({reason}).{remedy}") from None
 
 
 @contextmanager
 def scoring_errors(what="reward"):
-    """An error of a reward or metric of one's own, with the line of code that raised it."""
+    """Turns an error in your own reward or metric into one that names the line of code."""
     try:
         yield
     except Exception as error:
@@ -72,12 +73,12 @@ def scoring_errors(what="reward"):
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise CourseError(
             f"The {what} failed ({Path(line.filename).name}, line {line.lineno}: "
-            f"{type(error).__name__}: {error}). It must give a finite number for each answer."
+            f"{type(error).__name__}: {error}). It must return a finite number for each answer."
         ) from error
 
 
 def plain_errors(function):
-    """The function, with errors of the machine as sentences."""
+    """Decorates a function so that it raises errors of the machine as a CourseError."""
 
     @functools.wraps(function)
     def told(*args, **more):

@@ -1,12 +1,13 @@
 """A fast path for six families: OPT, GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-Three things make it fast. Rows are packed one behind the other without padding; only attention puts
-them side by side. Tokens that rows share at their start are computed once. Behind the last
-attention only the wanted positions go on. (lab/decoding.py generates with the same layers.)
+Three things make it fast. It packs the rows one after the other without padding, and pads them only
+for attention. It computes the tokens that rows share at their start only once. After the attention
+of the last layer, it continues with the positions that are needed. lab/decoding.py generates with
+the same layers.
 
-This repeats code of transformers, which may change: `agree` compares it with the model's own
-forward, once per model and use. Any other model takes its own forward, the plain path, as do all
-where somebody empties FAMILIES.
+This file repeats code of transformers, which may change. `agree` therefore compares it with the
+model's own forward, once per model and use. All other models use their own forward, the plain path.
+To turn the fast path off, empty FAMILIES.
 """
 
 from collections.abc import Callable
@@ -18,16 +19,17 @@ import torch.nn.functional as F
 import transformers
 
 from lab import plain_path
-from lab.agreement import agree, refused, step_aside
+from lab.agreement import agree, is_off, turn_off
 from lab.plain_path import forward, has_hooks, unwrapped
 
-GROUPS = 8  # of rows of similar length that attend side by side on a CPU; a GPU takes all at once
+GROUPS = 8  # groups of rows of similar length for attention on a CPU; a GPU uses one group
 
 
 def hidden_states(model, ids, mask, wanted):
-    """Last hidden states where `wanted`, (B, T), is set, and the head that makes logits of them.
+    """Returns the last hidden states where `wanted`, (B, T), is set, and the head that turns them
+    into logits.
 
-    On the plain path these are the logits already, (N, V), and the head leaves them alone.
+    On the plain path the first result already is the logits, (N, V); the head is the identity.
     """
     model = unwrapped(model)
     hidden = packed_forward(model, ids, mask, wanted)
@@ -37,7 +39,7 @@ def hidden_states(model, ids, mask, wanted):
 
 
 def scores(scorer, ids, mask, wanted):
-    """The scorer's numbers where `wanted`, (B, T), is set, (N,)."""
+    """Returns the scorer's outputs where `wanted`, (B, T), is set, (N,)."""
     scorer = unwrapped(scorer)
     hidden = packed_forward(scorer, ids, mask, wanted)
     if hidden is None:
@@ -51,22 +53,24 @@ def scores(scorer, ids, mask, wanted):
 
 @dataclass
 class Layer:
-    """One decoder layer, in parts that go by the same names in every family."""
+    """The parts of a decoder layer, under the same names for every family."""
 
     norm1: Callable
-    qkv: list  # one matrix or three
-    qk_norms: tuple  # of queries and keys, where a family has them
+    qkv: list  # one fused matrix, or three
+    qk_norms: tuple  # the norms of queries and keys, empty if a family has none
     out: Callable
     norm2: Callable
     up: list
     act: Callable
     down: Callable
-    dropout: float = 0.0  # of what is added to the residual stream
+    dropout: float = 0.0  # on what is added to the residual stream
     attention_dropout: float = 0.0
 
 
 @dataclass
 class Decoder:
+    """The parts of a decoder, under the same names for every family."""
+
     embed: Callable  # (ids, positions) -> (N, D)
     rotary: Callable | None  # positions -> cosines and sines, (N, 1, d)
     layers: list
@@ -77,8 +81,9 @@ class Decoder:
 
 
 def opt(body):
+    """OPT: learned positions, biases in all matrices."""
     decoder, config = body.decoder, body.config
-    skips = body.training and decoder.layerdrop  # whole layers, now and then
+    skips = body.training and decoder.layerdrop  # skips whole layers at random
     if not config.do_layer_norm_before or decoder.project_in or skips:
         return None
     layers = [
@@ -99,6 +104,7 @@ def opt(body):
 
 
 def gpt2(body):
+    """GPT-2: learned positions, one fused matrix for queries, keys and values."""
     config = body.config
     scaled = config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn
     if scaled or not config.scale_attn_weights or config.add_cross_attention:
@@ -119,7 +125,7 @@ def gpt2(body):
 
 
 def llama(body):
-    """Llama, Mistral and Qwen: rotary positions, gated MLPs, fewer keys than queries."""
+    """Llama, Mistral and Qwen: rotary positions, gated MLPs, grouped queries."""
     config = body.config
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
@@ -158,18 +164,18 @@ FAMILIES = {
 
 
 def decoder_of(model):
-    """The parts of a model whose forward is just what transformers ships; None for any other."""
+    """Returns the parts of a model whose forward is unchanged transformers code; else None."""
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if type(body) not in FAMILIES or not type(model).__module__.startswith("transformers."):
         return None
     modules = list(model.modules())
     recomputes = any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules)
-    if recomputes or any(map(has_hooks, modules)) or refused(model, "fast path"):
+    if recomputes or any(map(has_hooks, modules)) or is_off(model, "fast path"):
         return None
     try:
         decoder = FAMILIES[type(body)](body)
     except AttributeError as error:
-        step_aside(model, "fast path", error)
+        turn_off(model, "fast path", error)
         return None
     if decoder and not body.training:
         still = dict(dropout=0.0, attention_dropout=0.0)
@@ -183,22 +189,22 @@ def decoder_of(model):
 
 @dataclass
 class PackedBatch:
-    """The real tokens of a batch one behind the other; what rows share at their start only once."""
+    """The real tokens of a batch, one after the other; a shared start of rows occurs only once."""
 
-    lengths: torch.Tensor  # (D,), of the different rows
+    lengths: torch.Tensor  # (D,), the lengths of the distinct rows
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (N,), counted from the row's first real token
-    wanted: torch.Tensor  # different tokens that are wanted
-    copies: torch.Tensor  # which of `wanted` each wanted position takes
-    twins: torch.Tensor  # (B,), which of the different rows each row of the batch equals
-    slots: torch.Tensor | None  # the token in each slot of each group's rows; None: one in each
-    home: torch.Tensor | None  # (N,), the slot from which each token takes what it sees
-    groups: list  # (rows, length): different rows of similar length, which attend side by side
+    wanted: torch.Tensor  # the distinct tokens that are wanted
+    copies: torch.Tensor  # for each wanted position, its index in `wanted`
+    row_of: torch.Tensor  # (B,), for each row of the batch, the distinct row that equals it
+    slots: torch.Tensor | None  # the token in each slot of the padded groups; None: same order
+    slot_of: torch.Tensor | None  # (N,), the slot that computes the attention of each token
+    groups: list  # (rows, length): distinct rows of similar length, padded for attention
 
     def attention(self, q, k, v, dropout=0.0, store=None):
-        """What each token sees of its own row up to itself, (N, heads * d).
+        """Returns the causal attention of each token within its row, (N, heads * d).
 
-        `store(rows, k, v)` may take the keys and values of each group along.
+        `store(rows, k, v)`, if given, receives the keys and values of each group.
         """
         if self.slots is not None:
             q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
@@ -210,19 +216,19 @@ class PackedBatch:
             q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
             if store:
                 store(rows, k, v)
-            if q.shape[1] > k.shape[1]:  # several queries share a key
+            if q.shape[1] > k.shape[1]:  # grouped queries share a key
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
             seen.append(out.transpose(1, 2).reshape(len(rows) * length, -1))
         seen = torch.cat(seen)
-        return seen if self.home is None else seen.index_select(0, self.home)
+        return seen if self.slot_of is None else seen.index_select(0, self.slot_of)
 
 
 def layout(ids, mask, wanted):
-    """Padded rows (B, T) as a packed batch. None where a row has gaps or no tokens, or something is
-    wanted where there is no token.
+    """Packs padded rows, (B, T). Returns None if a row has gaps or no tokens, or if a wanted
+    position is padding.
 
-    All of it is worked out on the CPU: a GPU waits for one copy there and gets one back.
+    The CPU computes the layout, so a GPU synchronises only once: one copy there, one copy back.
     """
     device = ids.device
     ids, mask, wanted = torch.stack([ids, mask.long(), wanted.long()]).cpu()
@@ -231,42 +237,43 @@ def layout(ids, mask, wanted):
         return None
     lengths = mask.sum(1)
     texts = [text.tolist() for text in ids[mask.bool()].split(lengths.tolist())]
-    # A tree of tokens: two are one where all before them is the same, too. Its leaves are texts.
-    numbers, paths, leader, own = {}, {}, {}, {}
+    # Build a prefix tree: equal tokens with equal tokens before them are one node. `numbers` maps
+    # (parent, token id) to the node, and `paths` has the nodes of each row.
+    numbers, paths, first_row, new_nodes = {}, {}, {}, {}
     for row in lengths.argsort(stable=True).tolist():  # short rows first
         known, last = len(numbers), None
         paths[row] = [last := numbers.setdefault((last, x), len(numbers)) for x in texts[row]]
-        own[row] = len(numbers) - known  # at its end
-        leader.setdefault(last, row)
-    rows, groups, positions, slots, home = list(leader.values()), [], [], [], []
+        new_nodes[row] = len(numbers) - known  # the row's new nodes, at its end
+        first_row.setdefault(last, row)
+    rows, groups, positions, slots, slot_of = list(first_row.values()), [], [], [], []
     rank = {row: i for i, row in enumerate(sorted(rows))}
     size = -(-len(rows) // (GROUPS if device.type == "cpu" else 1))
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         width = len(paths[part[-1]])
         for row in part:
             path = paths[row]
-            places = range(len(path) - own[row], len(path))
+            places = range(len(path) - new_nodes[row], len(path))
             positions += places
-            home += [len(slots) + place for place in places]
+            slot_of += [len(slots) + place for place in places]
             slots += path + [0] * (width - len(path))
         groups.append((torch.tensor([rank[row] for row in part]), width))
     order = range(len(texts))
     place = torch.tensor([*chain(*(paths[row] for row in order))])
     place = torch.zeros_like(ids).masked_scatter(mask.bool(), place)  # (B, T)
-    fields = [x for _, x in numbers], positions, [rank[leader[paths[row][-1]]] for row in order]
-    fields = *map(torch.tensor, (*fields, slots, home)), lengths[sorted(rows)]
+    fields = [x for _, x in numbers], positions, [rank[first_row[paths[row][-1]]] for row in order]
+    fields = *map(torch.tensor, (*fields, slots, slot_of)), lengths[sorted(rows)]
     fields += place[wanted.bool()].unique(return_inverse=True)
-    ids, positions, twins, slots, home, lengths, found, copies, *rows = move(
+    ids, positions, row_of, slots, slot_of, lengths, found, copies, *rows = move(
         [*fields, *(rows for rows, _ in groups)], device
     )
-    if len(slots) == len(home):  # each token lies in its slot already
-        slots = home = None
+    if len(slots) == len(slot_of):  # no padding and no shared tokens: nothing to reorder
+        slots = slot_of = None
     groups = [(part, width) for part, (_, width) in zip(rows, groups)]
-    return PackedBatch(lengths, ids, positions, found, copies, twins, slots, home, groups)
+    return PackedBatch(lengths, ids, positions, found, copies, row_of, slots, slot_of, groups)
 
 
 def move(vectors, device):
-    """Vectors of whole numbers to the device, all in one piece."""
+    """Moves vectors of integers to the device in a single copy."""
     if device.type == "cpu":
         return vectors
     whole = torch.cat(vectors)
@@ -275,7 +282,8 @@ def move(vectors, device):
 
 
 def packed_forward(model, ids, mask, wanted):
-    """Last hidden states where `wanted` is set, (N, D); None where the plain path has to do it."""
+    """Returns the last hidden states where `wanted` is set, (N, D); None if the plain path must be
+    used."""
     decoder = decoder_of(model)
     batch = layout(ids, mask, wanted) if decoder else None
     if batch is None:
@@ -297,6 +305,8 @@ def packed_forward(model, ids, mask, wanted):
 
 
 def run_packed(decoder, batch):
+    """Returns the last hidden states at the wanted positions of a packed batch, (N, D)."""
+
     def attend(i, q, k, v):
         return batch.attention(q, k, v, decoder.layers[i].attention_dropout)
 
@@ -305,7 +315,8 @@ def run_packed(decoder, batch):
 
 
 def run_layers(decoder, ids, positions, attend, wanted=None):
-    """All layers, for N tokens; behind the last attention only those that are wanted, (N, D)."""
+    """Runs all layers on N tokens. After the attention of the last layer it continues with the
+    `wanted` tokens only."""
     x = decoder.embed(ids, positions)
     angles = decoder.rotary(positions) if decoder.rotary else None
     for i, layer in enumerate(decoder.layers):
@@ -319,7 +330,7 @@ def run_layers(decoder, ids, positions, attend, wanted=None):
 
 
 def qkv(decoder, layer, x, angles):
-    """Queries, keys and values, (N, heads, d) each."""
+    """Returns queries, keys and values, (N, heads, d) each."""
     sizes = [n * decoder.head_dim for n in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
     made = [matrix(x) for matrix in layer.qkv]
     made = made[0].split(sizes, -1) if len(made) == 1 else made
@@ -330,6 +341,7 @@ def qkv(decoder, layer, x, angles):
 
 
 def apply_rotary(x, cos, sin):
+    """Rotates queries or keys by the angles of their positions."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 

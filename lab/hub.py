@@ -1,17 +1,17 @@
-"""Models from elsewhere: how long a hub is waited for, and its errors in a line."""
+"""Access to the model hub: a time limit for its first answer, and its errors in one line."""
 
 import json
 import pickle
 import threading
 from pathlib import Path
 
-PATIENCE = 30  # seconds that a hub has for its first answer; weights take what they need
+PATIENCE = 30  # seconds to wait for the hub's first answer; the download itself has no limit
 
 
 def reach(path):
-    """Raises what keeps a model from being loaded, before the long part begins.
+    """Raises an error if a model cannot be reached, before the long download begins.
 
-    A hub is asked for a small file under a clock, as some requests to it never time out.
+    It requests a small file with a time limit, because some requests to the hub never time out.
     """
     from transformers import PreTrainedConfig
 
@@ -22,14 +22,14 @@ def reach(path):
 
 
 def within(seconds, task):
-    """Waits for `task` and raises what it raises; TimeoutError if it takes longer."""
+    """Runs `task` in a thread and raises its errors, or TimeoutError after `seconds`."""
     ends = []
 
     def work():
         try:
             task()
             ends.append(None)
-        except Exception as error:  # handed over to the thread that waits
+        except Exception as error:  # raised again in the waiting thread
             ends.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -45,29 +45,29 @@ def within(seconds, task):
 
 
 def check_index(folder):
-    """The list of a model's weights may name safetensors of its own folder, and nothing else."""
+    """Raises if the index of a model's weights names anything but safetensors in its folder."""
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index.name} names {name}: no safetensors file beside it")
+                raise ValueError(f"{index.name} names {name}, not a safetensors file beside it")
 
 
 def reason_of(error):
-    """The first line of an error of another library, without torch's advice to trust a file."""
+    """Returns the first line of a library's error, without torch's advice to trust a file."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     for link in chain:
         status = getattr(getattr(link, "response", None), "status_code", 0)
         if status == 429 or status >= 500:
-            return f"the hub answers {status}: try again later"
+            return f"the hub answered with status {status}: try again later"
         if isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link):
-            return "it holds more than tensors"
-    if str(error).startswith("Can't load the") and chain[1:]:  # transformers says so of anything
+            return "the file contains more than tensors"
+    if str(error).startswith("Can't load the") and chain[1:]:  # too general; use its cause
         error = chain[1]
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    several = "gated repo" in lines[0]  # the next line says where to ask for it
+    several = "gated repo" in lines[0]  # the next line says where to request access
     text = " ".join(lines[: 1 + several])[:200].rstrip(". ")
     text = "".join(c for c in text if c.isprintable())
     known = text and isinstance(error, (OSError, ValueError, RuntimeError))

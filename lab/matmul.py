@@ -1,4 +1,4 @@
-"""Matrix products on the CPU, as fast as they are exact."""
+"""Faster float32 matrix products on the CPU, without a loss of precision."""
 
 import time
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from functools import cache
 
 import torch
 
-WIDE = 512  # hidden size from which oneDNN's products are worth their call
+WIDE = 512  # hidden size from which oneDNN's products are faster despite their overhead
 
 
 @contextmanager
 def fast_matmul(model):
-    """Inside, a wide model on the CPU multiplies with oneDNN, if that is faster and as exact."""
+    """Lets a wide model on the CPU use oneDNN inside the block, if that is faster and as exact."""
     before = torch.get_float32_matmul_precision()
     width = getattr(getattr(model, "config", None), "hidden_size", 0)
     if model.device.type == "cpu" and width >= WIDE and onednn_is_better():
@@ -24,9 +24,9 @@ def fast_matmul(model):
 
 @cache
 def onednn_is_better(size=1024):
-    """Whether precision "medium", oneDNN's way, is faster here and yet float32; measured once.
+    """Measures once whether precision "medium", which uses oneDNN, is faster and still float32.
 
-    On some processors it rounds to half precision instead: then nothing changes.
+    On some processors "medium" rounds to half precision; then this returns False.
     """
     rng = torch.Generator().manual_seed(0)
     x, before = torch.randn(2, size, size, generator=rng), torch.get_float32_matmul_precision()
@@ -39,7 +39,7 @@ def onednn_is_better(size=1024):
     gain = seconds["highest"] / seconds["medium"]
     if error["medium"] > 4 * error["highest"] or gain < 1.2:
         return False
-    print(f"oneDNN multiplies matrices {gain:.1f} times as fast here, as exactly: it does so.")
+    print(f"oneDNN multiplies matrices {gain:.1f} times as fast here, with the same precision.")
     return True
 
 

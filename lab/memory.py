@@ -1,8 +1,8 @@
-"""How much memory there is, how much a row needs, and how many rows therefore go at once.
+"""Measures free memory and the memory per row, and chooses how many rows to process at a time.
 
-Memory that is freed stays at hand: the C library of Linux gives large blocks back to the system at
-once, and the system wipes every page before it lends it again. A training step asks for the same
-blocks each time: without `keep` it spends up to half of its time on their return.
+It also keeps freed memory in the process. The C library of Linux returns large blocks to the system
+at once, and the system clears every page before it provides it again. A training step allocates the
+same blocks each time, so without `keep` it spends up to half of its time on this.
 """
 
 import ctypes
@@ -13,62 +13,63 @@ import psutil
 
 from lab.errors import out_of_memory
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # glibc's names of what can be set
-LARGE = 2**27  # bytes of weights: an update takes seconds, and a moment to tidy up is little
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
+LARGE = 2**27  # bytes of weights from which an update is so slow that `trim` costs little
 
 
 def c_library(function):
-    """A function of the C library, or None where it has none of that name."""
+    """Returns a function of the C library; None if it does not exist on this system."""
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), function, None)
 
 
 def keep():
-    """From here on this process keeps what it frees, for itself, to use again."""
+    """Makes the process keep freed memory for reuse."""
     mallopt = c_library("mallopt")
     if mallopt:
-        mallopt(MMAP_MAX, 0)  # large blocks come from the heap too,
-        mallopt(TRIM_THRESHOLD, -1)  # whose end is not cut off
-        mallopt(TOP_PAD, 2**26)  # and which grows 64 MB at a time
+        mallopt(MMAP_MAX, 0)  # allocate large blocks on the heap too
+        mallopt(TRIM_THRESHOLD, -1)  # never shrink the heap
+        mallopt(TOP_PAD, 2**26)  # grow the heap by 64 MB at a time
 
 
 def give_back():
-    """What nobody needs any longer goes back to the system after all."""
+    """Collects garbage and returns all free memory to the system."""
     gc.collect()
     trim()
 
 
 def trim():
-    """Free pages go back, those between blocks in use as well."""
+    """Returns free pages to the system, including those between blocks in use."""
     malloc_trim = c_library("malloc_trim")
     if malloc_trim:
         malloc_trim(0)
 
 
 # --------------------------------------------------------------------------------------------------
-# How much there is
+# Free memory
 
-OVERHEAD = 0.6e9  # bytes that Python, torch and a device's kernels hold besides tensors
-SHARE = 0.6  # of the free memory, where no limit is given
+OVERHEAD = 0.6e9  # bytes that Python, torch and the kernels of a device use besides tensors
+SHARE = 0.6  # share of the free memory to use if no limit is given
 BUSY = 2**29  # bytes of a piece that keep one core busy
-LAPTOP = 4.5e9  # bytes of a stage beyond which a CPU gains little from larger pieces
+LAPTOP = 4.5e9  # bytes of a stage above which a CPU gains little from larger pieces
 
 
 def peaks():
-    """The most memory so far, in MB: of this process, and of its GPU where it uses one."""
+    """Returns the peak memory in MB, of this process and of its GPU if it uses one."""
     import torch
 
     found = {"peak_memory_mb": round(peak_of_process())}
     if torch.cuda.is_initialized():
         gpus = range(torch.cuda.device_count())
         found["peak_device_mb"] = round(max(map(torch.cuda.max_memory_allocated, gpus)) / 2**20)
-    elif torch.backends.mps.is_available():  # keeps no maximum: what the driver holds now
+    elif torch.backends.mps.is_available():  # MPS records no peak: use the current amount
         found["peak_device_mb"] = round(torch.mps.driver_allocated_memory() / 2**20)
     return found
 
 
 def peak_of_process():
+    """Returns the peak memory of this process in MB."""
     try:
         import resource
     except ImportError:  # Windows
@@ -78,7 +79,7 @@ def peak_of_process():
 
 
 def free(device):
-    """Bytes that are free on a device, with those that torch has freed and kept."""
+    """Returns the free bytes of a device, including those that torch has freed but kept."""
     import torch
 
     if device.type == "cuda":
@@ -90,10 +91,11 @@ def free(device):
 
 
 def room(limit, models, learning=()):
-    """Bytes that one piece may take: what `limit` (GB; 0: a share of what is free) leaves beside
-    the weights, and beside the gradients and moments of what is `learning`.
+    """Returns the bytes that one piece may use: `limit` in GB (0: a share of the free memory) minus
+    the weights, and minus the gradients and moments of the models in `learning`.
 
-    With a limit it depends on nothing else, so that the same run is cut in the same way again.
+    If a limit is given, the result does not depend on the free memory, so a repeated run uses the
+    same pieces.
     """
     import torch
 
@@ -108,15 +110,16 @@ def room(limit, models, learning=()):
 
 
 # --------------------------------------------------------------------------------------------------
-# How much a row needs
+# Memory per row
 
 
 def of_update(loss, models):
-    """(bytes that every update needs, bytes that its only row needs) while it runs backward.
+    """Returns (bytes that an update needs for any number of rows, bytes per row).
 
-    `loss()` is a forward pass; no random number is used up and no gradient computed. Counted is
-    what torch keeps for the backward pass. Half-precision copies of weights are there but once. The
-    largest tensor has its gradient and two tensors of work beside it when its turn comes.
+    `loss()` is the forward pass of one row. It counts the tensors that torch saves for the backward
+    pass; it computes no gradients and restores the random state. Half-precision copies of weights
+    are needed once per update. The backward pass of the largest tensor needs three more tensors of
+    its size: its gradient and two temporary ones.
     """
     import torch
 
@@ -131,18 +134,18 @@ def of_update(loss, models):
         where = storage.data_ptr()
         if where not in own:
             (copies if made_of_weights(x, shapes) else kept)[where] = storage.nbytes()
-        return x.detach()  # with its graph it would hold itself for ever
+        return x.detach()  # with its graph it would keep itself alive
 
     watched = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
     with torch.random.fork_rng(devices), torch.enable_grad(), watched:
-        alive = loss()  # as long as it is, no block can be used and counted twice
+        alive = loss()  # keeps all blocks alive, so that none is reused and counted twice
     del alive
     row = sum(kept.values()) + 3 * max(kept.values(), default=0)
     return sum(copies.values()), row
 
 
 def made_of_weights(x, shapes):
-    """Whether a tensor is a weight in another precision or another order."""
+    """Returns whether a tensor is a weight in another precision or layout."""
     step = x.grad_fn
     if step is None:
         return x.dim() > 1 and x.shape in shapes
@@ -152,8 +155,8 @@ def made_of_weights(x, shapes):
 
 
 def of_reading(model, tokens):
-    """Bytes that a row of so many tokens needs while a model writes or reads it: keys and values of
-    all layers, one layer at work, the logits of one token. From its config."""
+    """Estimates the bytes that a row of `tokens` tokens needs without gradients, from the config:
+    the cache of all layers, the activations of one layer, and the logits of one token."""
     shape = model.config.get_text_config()
     width = getattr(shape, "hidden_size", 0)
     heads = getattr(shape, "num_attention_heads", None) or 1
@@ -164,16 +167,16 @@ def of_reading(model, tokens):
 
 
 def at_once(most, row, room):
-    """How many of `most` rows fit: all of them, half, a quarter, ..., at least one."""
+    """Returns how many of `most` rows fit: all, half, a quarter, ..., but at least one."""
     while most > 1 and most * row > room:
         most = (most + 1) // 2
     return most
 
 
 def halving(work, state, name, say, leave=None):
-    """work(size) with as many rows at once as fit: state[name] halves when memory runs out.
+    """Returns work(state[name]), and halves the number of rows state[name] when memory runs out.
 
-    If even one row does not fit, `leave` (where given) moves everything to the CPU.
+    If not even one row fits, `leave`, if given, moves everything to the CPU.
     """
     from accelerate.utils.memory import clear_device_cache
 
@@ -183,7 +186,7 @@ def halving(work, state, name, say, leave=None):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or (state[name] == 1 and leave is None):
                 raise
-        clear_device_cache(garbage_collection=True)  # outside `except`, which holds the tensors
+        clear_device_cache(garbage_collection=True)  # not in `except`, which keeps tensors alive
         if state[name] > 1:
             state[name] = (state[name] + 1) // 2
             say(f"memory ran out: continuing with {state[name]} rows at once, same result.")

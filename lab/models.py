@@ -1,6 +1,6 @@
-"""Models in and out: any causal language model, its tokenizer, adapters, precision.
+"""Loads and saves causal language models, their tokenizers and adapters; sets the precision.
 
-Nothing comes from a pickle, and code that a model brings along runs only when it is asked for.
+No pickle is ever loaded. Code that comes with a model runs only if trust_remote_code is True.
 """
 
 import copy
@@ -34,50 +34,54 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(cfg):
-    """The first GPU or the CPU for "auto"; otherwise what was asked for, if it is there."""
+    """Returns the device that cfg.device names."""
     return find_device(cfg.device)
 
 
 def find_device(name):
-    """A torch device, which from now on is the current GPU; "auto": the first GPU, else the CPU.
+    """Returns the torch device of a name and makes it the current GPU if it is one.
 
-    Everything that a stage loads goes there, and nothing moves it later.
+    "auto" is the first GPU, or the CPU if there is none. A stage loads everything to this device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device("cuda:0" if name == "cuda" else name)
-        torch.zeros(1, device=device).item()  # there is a device without numbers, "meta"
-        if device.type == "cuda":  # kernels of other packages start on the current one
+        torch.zeros(1, device=device).item()  # fails on "meta", which stores no values
+        if device.type == "cuda":  # kernels of other packages use the current device
             torch.cuda.set_device(device)
         return device
-    except (RuntimeError, AssertionError):  # torch has one for each backend
+    except (RuntimeError, AssertionError):  # the type depends on the backend
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         known = ", ".join(["auto", "cpu", *gpus])
-        raise CourseError(f"device = {name!r} is not there: this machine has {known}.") from None
+        raise CourseError(
+            f"device = {name!r} is not available here; choose from: {known}."
+        ) from None
 
 
 def load_tokenizer(path, cfg=None):
-    """A tokenizer that can pad, stop, and frame a dialogue; what it lacks it gets."""
+    """Loads a tokenizer and adds a pad token, an eos token and a chat template if it lacks them."""
     trusted = cfg is not None and cfg.trust_remote_code
     with opening(path, "its tokenizer: "):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise CourseError(f"The tokenizer in {path} knows no words: its files are missing.")
-    if tokenizer.eos_token_id is None:  # no answer could end
+        raise CourseError(
+            f"The tokenizer in {path} has an empty vocabulary: add its missing files."
+        )
+    if tokenizer.eos_token_id is None:  # without it no answer could end
         tokenizer.add_special_tokens({"eos_token": "</s>"})
-    if tokenizer.pad_token_id is None:  # masks tell padding from an eos
+    if tokenizer.pad_token_id is None:  # the masks distinguish padding from a real eos
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FRAME
     if "1 + 1?" not in in_template(tokenizer, [{"role": "user", "content": "1 + 1?"}]):
-        raise CourseError(f"The chat template in {path} leaves out what the user says: mend it.")
+        raise CourseError(f"The chat template in {path} leaves out the user's message: fix it.")
     return tokenizer
 
 
 @contextmanager
 def opening(path, part=""):
-    """`loading`, and one thing more that is to be done where a model brings code of its own."""
+    """Like `loading`, with an error of its own for models that need trust_remote_code."""
     asks = False
     try:
         with loading(path, part):
@@ -90,39 +94,40 @@ def opening(path, part=""):
         if not asks:
             raise
         raise CourseError(
-            f"{path} will not load: trust_remote_code = True runs the code that the model brings "
-            "along; read it first."
+            f"{path} does not load, because it needs Python code that comes with the model: read "
+            "that code, then set trust_remote_code = True."
         ) from None
 
 
 def load(kind, path, cfg, may_lack="", **extra):
-    """A model with all its weights: one that is not in the file would be random, without a word.
+    """Loads a model in float32; raises if a weight is missing, which would stay random silently.
 
-    In float32, as half precision would lose small updates; autocast may compute in half.
+    Half-precision weights would lose small updates; autocast still allows half-precision products.
     """
     safe = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=cfg.trust_remote_code)
-    # Misfits are let through here only to be named below.
+    # Let missing and mismatched weights pass here, so that the errors below can name them.
     told = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     with opening(path):
         model, found = kind.from_pretrained(path, **safe, **told, **extra)
     lost = [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]
     if lost:
-        raise CourseError(f"{path} will not load: it lacks {len(lost)} weights, like {lost[0]}.")
+        first = f"{lost[0]} (the first of {len(lost)})" if lost[1:] else lost[0]
+        raise CourseError(f"{path} does not load: its files lack the weight {first}.")
     for name, there, wanted in found["mismatched_keys"]:
-        shapes = f"the shape {tuple(there)}, not {tuple(wanted)}"
-        raise CourseError(f"{path} will not load: {name} has {shapes}.")
+        shapes = f"the shape {tuple(there)}, but its config says {tuple(wanted)}"
+        raise CourseError(f"{path} does not load: {name} has {shapes}.")
     return (model if "device_map" in extra else model.to(pick_device(cfg))).eval()
 
 
 def load_actor(path, cfg, **extra):
-    """A causal language model in float32."""
+    """Loads a causal language model in float32."""
     return load(AutoModelForCausalLM, path, cfg, **extra)
 
 
 def load_scorer(path, cfg, **extra):
-    """A model with one number per token on top: reward model and value model alike.
+    """Loads a model whose head gives one number per token: a reward model or a value model.
 
-    A language model gets its new head set to zero, so that every score starts out equal.
+    If `path` is a language model, its new head is zero, so that all scores start at 0.
     """
     shape = shape_of(path, cfg)
     fresh = not any("SequenceClassification" in name for name in shape.architectures or [])
@@ -134,44 +139,48 @@ def load_scorer(path, cfg, **extra):
 
 
 def shape_of(path, cfg):
+    """Loads the config of a model."""
     with opening(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
 
 
 def load_both(cfg, source, name, **extra):
-    """Tokenizer and language model, after checking that they fit each other and the parameters."""
+    """Loads (tokenizer, model) and checks that they fit each other and the parameters."""
     model, tokenizer = load_actor(source, cfg, **extra), load_tokenizer(source, cfg)
     if cache_argument(model) is None:
-        raise CourseError(f"{name} will not do: its forward has no past_key_values to go on from.")
+        raise CourseError(
+            f"{name} cannot be used: its forward has no past_key_values, the cache that generation "
+            "needs."
+        )
     embedded = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > embedded:
-        problem = f"The tokenizer in {name} knows {tokenizer.vocab_size} tokens, its model only"
+        problem = f"The tokenizer in {name} has {tokenizer.vocab_size} tokens, but its model only"
         raise CourseError(f"{problem} {embedded}: they do not belong together.")
-    if len(tokenizer) > embedded:  # tokens were added to it; those of Qwen are fewer than rows
-        with torch.random.fork_rng(devices=[]):  # new rows lie close to the mean of the old ones
+    if len(tokenizer) > embedded:  # tokens were added to the tokenizer
+        with torch.random.fork_rng(devices=[]):  # new rows are drawn close to the mean of the old
             torch.manual_seed(cfg.seed)
             model.resize_token_embeddings(len(tokenizer))
     longest = cfg.max_prompt + cfg.max_new_tokens
     room = getattr(model.config, "max_position_embeddings", None) or longest
     if longest > room:
         problem = f"max_prompt + max_new_tokens = {longest}, but {name} reads"
-        raise CourseError(f"{problem} {room} tokens at most.")
+        raise CourseError(f"{problem} at most {room} tokens: lower one of them.")
     return tokenizer, model
 
 
 class Base(NamedTuple):
-    """What 0_download takes, why, and (tokenizer, model) where they are loaded already."""
+    """The base model that 0_download uses, and why."""
 
     source: str  # "tiny", a hub name or a local folder
     why: str  # one sentence
-    loaded: tuple | None = None
+    loaded: tuple | None = None  # (tokenizer, model); None for tiny
 
 
 def choose_base(cfg):
-    """The base model that the parameters ask for, loaded; `tiny` where there is none."""
-    made = "the embedded tiny model is made here, from random weights."
+    """Loads the base model that cfg.base_model names, or chooses `tiny`."""
+    made = "this run trains the embedded tiny model from random weights."
     if cfg.base_model == "tiny":
-        return Base("tiny", f"As asked, {made}")
+        return Base("tiny", f"You chose base_model = tiny, so {made}")
     if cfg.base_model == "auto" and pick_device(cfg).type == "cpu":
         return Base("tiny", f"There is no GPU here, so {made}")
     name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
@@ -179,7 +188,9 @@ def choose_base(cfg):
         return Base(name, f"The base model is {name}.", load_both(cfg, name, name))
     except CourseError as error:
         if not cfg.fallback:
-            raise CourseError(f"{error} Choose another base_model, or fallback = True.") from None
+            raise CourseError(
+                f"{error} Choose another base_model, or set fallback = True to use tiny."
+            ) from None
         return Base("tiny", f"{error} So {made}")
 
 
@@ -188,14 +199,14 @@ def choose_base(cfg):
 
 
 def in_4_bits(cfg):
-    """How to load frozen weights for QLoRA; nothing where it was not asked for."""
+    """Returns the arguments of `from_pretrained` for QLoRA; none if load_in_4bit is False."""
     if not cfg.load_in_4bit:
         return {}
     device = pick_device(cfg)
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         raise CourseError(
             "load_in_4bit = True needs a GPU and the package bitsandbytes (pip install "
-            "bitsandbytes): set it to False, lora_rank alone saves most of the memory."
+            "bitsandbytes). Otherwise set it to False: lora_rank alone saves most of the memory."
         )
     from transformers import BitsAndBytesConfig
 
@@ -207,13 +218,13 @@ def in_4_bits(cfg):
 
 
 def trainable(model, cfg, *, drop=True):
-    """The model as it will be trained: with adapters, or whole; recomputing activations or not.
+    """Prepares a model for training: LoRA adapters and gradient checkpointing, as cfg says.
 
-    Without `drop` its dropout is off for good: what it says must be what it said when it wrote.
+    `drop=False` removes its dropout: scoring must find the logprobs that sampling used.
     """
     if not drop:
-        silence(model)
-    if cfg.gradient_checkpointing:  # acts in train mode only, and `generate` works in eval mode
+        remove_dropout(model)
+    if cfg.gradient_checkpointing:  # works in train mode only; `generate` uses eval mode
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
         model.train()
@@ -232,13 +243,13 @@ def trainable(model, cfg, *, drop=True):
         modules_to_save=["score"] if scorer else None,
         task_type="SEQ_CLS" if scorer else "CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # peft talks of names that change, and of GPT-2's layers
+    with warnings.catch_warnings():  # about renamed arguments and the layers of GPT-2
         warnings.simplefilter("ignore")
         return get_peft_model(model, shape).train(model.training)
 
 
-def silence(model):
-    """Dropout 0 everywhere, also where a layer keeps its share as a number."""
+def remove_dropout(model):
+    """Sets every dropout probability to 0, in modules and in plain attributes of layers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -248,20 +259,23 @@ def silence(model):
 
 
 def save(model, tokenizer, folder):
-    """What `from_pretrained` of plain transformers wants; adapters merged, and once more beside."""
+    """Saves a model so that plain transformers can load it with `from_pretrained`.
+
+    Adapters are merged into the weights, and also saved separately in `adapter/`.
+    """
     if hasattr(model, "merge_and_unload"):
         model = merged(model, Path(folder) / "adapter")
-    acquaint(model, tokenizer)
+    set_special_tokens(model, tokenizer)
     kinds = (model, auto_class(model)), (model.config, "AutoConfig"), (tokenizer, "AutoTokenizer")
     for part, kind in kinds:
-        if type(part).__module__.startswith("transformers_modules"):  # its own code goes along
+        if type(part).__module__.startswith("transformers_modules"):  # save its own code too
             type(part).register_for_auto_class(kind)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def acquaint(model, tokenizer):
-    """The model's settings tell plain transformers how its tokenizer pads, and where to stop."""
+def set_special_tokens(model, tokenizer):
+    """Writes the pad and eos tokens of the tokenizer into the model's configs."""
     pad, eos, config = tokenizer.pad_token_id, tokenizer.eos_token_id, model.config
     stops, writing = stops_of(model, tokenizer), getattr(model, "generation_config", None)
     for part in filter(None, (config, writing)):
@@ -276,23 +290,24 @@ def acquaint(model, tokenizer):
     try:
         if writing is not None:
             writing.validate(strict=True)
-    except ValueError:  # some settings contradict each other: they load, but cannot be saved
+    except ValueError:  # contradictory settings load, but cannot be saved
         ids = {name: getattr(writing, name) for name in ("pad_token_id", "eos_token_id")}
         model.generation_config = GenerationConfig(bos_token_id=writing.bos_token_id, **ids)
     if hasattr(model, "score") and pad in (eos, encoder(tokenizer).end):
-        # A plain scorer looks for the last token that is no pad: it would miss the eos. Without a
-        # pad it takes the very last one, and refuses rows of unequal length.
+        # The scorer of transformers reads the last token that is not padding. If pad equals eos it
+        # would miss the eos. Without a pad token it reads the last token, and refuses to score rows
+        # of unequal length.
         config.pad_token_id = None
 
 
 def merged(model, folder):
-    """The adapter is saved, and then added to the weights it belongs to; to those in float32."""
+    """Saves the adapter, and returns the model with the adapter merged into float32 weights."""
     model.save_pretrained(folder)
     if not getattr(model, "is_loaded_in_4bit", False):
         return model.merge_and_unload()
     from peft import PeftModel
 
-    shape = copy.deepcopy(model.config)  # with its labels, and the scale of a reward model
+    shape = copy.deepcopy(model.config)  # includes num_labels and the scale of a reward model
     del shape.quantization_config
     whole = type(model.get_base_model()).from_pretrained(
         shape.name_or_path, config=shape, dtype=torch.float32, use_safetensors=True
@@ -301,7 +316,7 @@ def merged(model, folder):
 
 
 def without_adapter(model):
-    """`with without_adapter(policy) as model:` the weights below, as they were before."""
+    """`with without_adapter(policy) as model:` gives the policy without its adapters."""
 
     @contextmanager
     def below():
@@ -317,10 +332,10 @@ def auto_class(model):
 
 
 def precision(cfg):
-    """What matrices multiply in: float32, bf16 or fp16.
+    """Returns the precision of matrix products: "float32", "bf16" or "fp16".
 
-    "auto" is bf16 on GPUs that are made for it, fp16 on those that know nothing better (T4, V100),
-    and float32 elsewhere: on most processors half precision saves no time.
+    "auto" is bf16 on GPUs that support it, fp16 on older GPUs with tensor cores (T4, V100), and
+    float32 elsewhere, because half precision saves no time on most CPUs.
     """
     if cfg.precision != "auto":
         return cfg.precision
@@ -333,17 +348,17 @@ def precision(cfg):
 
 
 def autocast(cfg, model):
-    """Matrix products in half precision where the parameters ask for it."""
+    """Returns torch's autocast context for cfg.precision; an empty context for float32."""
     if (name := precision(cfg)) == "float32":
         return nullcontext()
     return torch.autocast(model.device.type, HALF[name])
 
 
 def frozen(model, cfg):
-    """A model that never learns: on a GPU its matrices lie in the precision they multiply in.
+    """Freezes a model; on a GPU its matrices are stored in the precision of their products.
 
-    Under `autocast` the results are the same bits, for half of the memory. A matrix that is also
-    the embedding stays in float32, as the embedding does.
+    Under `autocast` this gives exactly the same results with half the memory. A matrix that is tied
+    to the embedding stays in float32.
     """
     model.requires_grad_(False)
     if model.device.type == "cpu" or precision(cfg) == "float32":
@@ -356,5 +371,5 @@ def frozen(model, cfg):
 
 
 def finest_dtype(device):
-    """float64 where the device has it: MPS has not."""
+    """Returns float64, or float32 on MPS, which has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""Passes without gradients: in eval mode, in the chosen precision, in parts that fit."""
+"""Forward passes without gradients: in eval mode and in parts that fit into memory."""
 
 import torch
 
@@ -9,11 +9,11 @@ def in_parts(
     work, rows, cfg, model, generator=None, learning=(), state=None, name="rows", leave=None,
     say=print,
 ):  # fmt: skip
-    """Yields work(part) for one part of the rows after the other; `model` does the work.
+    """Yields work(part) for each part of the rows, with `model` in eval mode and autocast.
 
-    A part has `eval_batch` rows, or as many as fit; state[name] holds that number where the caller
-    keeps one. When memory runs out, a part halves and `generator` is reset, so that the results
-    stay the same.
+    A part has `eval_batch` rows, or fewer if memory is short. state[name] holds this number if you
+    pass a `state`. When memory runs out, the part is halved and `generator` is reset, so the
+    results stay the same.
     """
     if state is None:
         row = memory.of_reading(model, cfg.max_prompt + cfg.max_new_tokens)

@@ -1,4 +1,4 @@
-"""The plain path: what any causal language model says, by its own forward."""
+"""The plain path: logits of any causal language model, by the model's own forward."""
 
 import inspect
 
@@ -9,13 +9,16 @@ from lab.agreement import agree
 
 
 def unwrapped(model):
-    """The model inside its adapters, which are part of its layers."""
+    """Returns the model inside a PEFT wrapper; its layers still contain the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def arguments(model):
-    """The names that the model's forward knows. A subclass may only pass on what it gets: the first
-    forward that spells out its arguments counts."""
+    """Returns the parameters of the model's forward.
+
+    A subclass may only pass on *args and **kwargs. So the first forward in the class hierarchy that
+    names `input_ids` counts.
+    """
     kinds = (vars(kind) for kind in type(model).__mro__)
     for function in (model.forward, *(kind["forward"] for kind in kinds if "forward" in kind)):
         known = inspect.signature(function).parameters
@@ -25,14 +28,14 @@ def arguments(model):
 
 
 def cache_argument(model):
-    """The name of the cache, which transformers 5.24 has renamed; None if there is none."""
+    """Returns the name of the cache argument, or None. (transformers 5.24 renamed it.)"""
     return next((name for name in ("cache", "past_key_values") if name in arguments(model)), None)
 
 
 def forward(model, ids, mask, cache=None, **extra):
-    """The model's own forward over padded rows, with those arguments that it knows.
+    """Calls the model's forward on padded rows, with the arguments that it accepts.
 
-    Positions count real tokens only: padding on the left must not shift the text.
+    Positions count real tokens only, so padding on the left does not shift them.
     """
     extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     known = arguments(model)
@@ -40,16 +43,19 @@ def forward(model, ids, mask, cache=None, **extra):
     if cache is not None:
         name = cache_argument(model)
         if name is None:
-            raise CourseError(f"{type(model).__name__} cannot generate: its forward has no cache.")
+            raise CourseError(
+                f"{type(model).__name__} cannot generate: its forward has no cache argument. Use "
+                "another base model."
+            )
         extra[name] = cache
     return model(input_ids=ids, attention_mask=mask.long(), **extra)
 
 
 def logits_at(model, ids, mask, wanted):
-    """The model's own logits where `wanted` is set, (N, V).
+    """Returns the logits at the positions where `wanted` is set, (N, V), by the model's forward.
 
-    Its head, and whatever it does to logits behind, gets these positions as one row. Where that is
-    not the same, the head gets all rows from the first wanted column on.
+    A hook gives the head only these positions, as one row. If a check finds that this changes the
+    logits, the head gets every column from the first wanted one on.
     """
 
     def narrow(ids, mask, wanted):
@@ -67,14 +73,17 @@ def logits_at(model, ids, mask, wanted):
     def check(way):
         return lambda ids, mask: way(ids, mask, mask)
 
-    hooked = any(map(has_hooks, model.modules()))  # somebody's hook shall see each batch once
+    hooked = any(map(has_hooks, model.modules()))  # a user's hook must see each batch only once
     if not hooked and agree(model, "short head", "", ids, mask, check(narrow), check(whole)):
         return narrow(ids, mask, wanted)
     return whole(ids, mask, wanted)
 
 
 def has_hooks(module):
-    """Whether a module's forward has been replaced or watched; every path calls embeddings."""
+    """Returns whether a module has hooks or a replaced forward.
+
+    Hooks on embeddings do not count, because every path calls the embeddings.
+    """
     hooks = module._forward_hooks, module._forward_pre_hooks
     hooks += module._backward_hooks, module._backward_pre_hooks
     watched = any(hooks) and not isinstance(module, torch.nn.Embedding)

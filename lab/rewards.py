@@ -1,4 +1,4 @@
-"""Rewards: each is a callable `reward(prompts, responses) -> list of numbers`; so is their sum."""
+"""Rewards: callables `reward(prompts, responses) -> list of numbers`, and their weighted sum."""
 
 import difflib
 import hashlib
@@ -18,12 +18,12 @@ TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+\.?\d*(?:e-?\d+)?)\s*\*\s*)?([^\W\d][\w.
 
 
 def length(prompts, responses):
-    """The words of an answer: with a negative weight, a price for long ones."""
+    """Counts the words of each answer; give it a negative weight to penalise long answers."""
     return [float(len(text.split())) for text in responses]
 
 
 def repetition(prompts, responses):
-    """The share of word pairs said before: with a negative weight, a price for saying it again."""
+    """Returns the share of repeated word pairs; give it a negative weight to penalise them."""
     shares = []
     for text in responses:
         words = text.lower().split()
@@ -33,12 +33,12 @@ def repetition(prompts, responses):
 
 
 def sentence(prompts, responses):
-    """A rule: 1 for an answer that ends like a sentence, else 0."""
+    """Returns 1 for each answer that ends like a sentence, else 0."""
     return [float(text.rstrip("\"')”’").endswith(tuple(".!?。！？"))) for text in responses]
 
 
 def sentiment(prompts, responses):
-    """How friendly the words of an answer are, from -1 to 1 (English)."""
+    """Returns the VADER sentiment of each English answer, from -1 (negative) to 1 (positive)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()
@@ -49,21 +49,21 @@ SHIPPED = {f.__name__: f for f in (length, repetition, sentence, sentiment)}
 
 
 class Sum:
-    """A weighted sum of rewards; `parts` tells what each of them gave."""
+    """A weighted sum of rewards; `parts` gives the scores of each reward."""
 
     def __init__(self, terms):
-        """`terms`: {name: (weight, reward)}."""
+        """`terms` is {name: (weight, reward)}."""
         self.terms = terms
 
     def parts(self, prompts, responses):
-        """{name: its own numbers, not yet weighted}"""
+        """Returns {name: scores} before weighting."""
         found = {}
         for name, (_, reward) in self.terms.items():
             found[name] = [float(score) for score in reward(prompts, responses)]
             if (count := len(found[name])) != len(prompts):
                 raise CourseError(
-                    f"The reward {name} must give a finite number for each of {len(prompts)} "
-                    f"answers; it gave {count}."
+                    f"The reward {name} must return a finite number for each of {len(prompts)} "
+                    f"answers; it returned {count} numbers."
                 )
         return found
 
@@ -71,12 +71,14 @@ class Sum:
         return self.add(self.parts(prompts, responses))
 
     def add(self, parts):
+        """Returns the weighted sums of the scores that `parts` returned."""
         columns = [[self.terms[name][0] * x for x in scores] for name, scores in parts.items()]
         return [sum(row) for row in zip(*columns)]
 
 
 class Ensemble:
-    """Several reward models: where they differ, a policy finds the errors of each."""
+    """Several reward models as one reward. A policy exploits the errors of a single reward model;
+    where the members disagree, the rule `min` or `cautious` lowers the score."""
 
     def __init__(self, members, rule, k):
         self.members, self.rule, self.k = members, rule, k
@@ -90,7 +92,7 @@ class Ensemble:
 
 
 def models_in(reward):
-    """The modules that a reward is made of, so that they can be moved."""
+    """Returns all models inside a reward, so that they can be moved to another device."""
     inner = getattr(reward, "members", None) or [
         r for _, r in getattr(reward, "terms", {}).values()
     ]
@@ -99,48 +101,55 @@ def models_in(reward):
 
 
 def parse(text, model):
-    """ "model - 0.01*length + my.rewards.polite" as a Sum; `model()` gives the reward model."""
+    """Parses a text like "model - 0.01*length + my.rewards.polite" and returns a Sum.
+
+    `model()` loads the reward model.
+    """
     terms, rest = {}, text
     while rest or not terms:
         found = TERM.match(rest)
         if not found or (terms and not found[1]):
             raise CourseError(
-                f"reward = {text!r} is not clear at {rest!r}: write a sum like "
+                f"reward = {text!r} cannot be parsed at {rest!r}: write a sum like "
                 '"model - 0.01*length + my_rewards.polite".'
             )
         sign, weight, name = found.groups()
         value = float(weight or 1) * (-1 if sign == "-" else 1)
         if name in terms:
-            raise CourseError(f"reward = {text!r} names {name} twice: add up its weights.")
+            raise CourseError(f"reward = {text!r} names {name} twice: combine the two weights.")
         terms[name] = value, model() if name == "model" else named("reward", name, SHIPPED)
         rest = rest[found.end() :]
     return Sum(terms)
 
 
 def named(what, name, shipped):
-    """A shipped function by its name, or anybody's as module.function."""
+    """Returns a built-in function by its name, or imports your own, named module.function."""
     if name in shipped:
         return shipped[name]
     module, _, function = name.rpartition(".")
     if not module:
         near = difflib.get_close_matches(name, shipped, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(shipped)}."
-        raise CourseError(f"{what} = {name!r}: {known} One of your own is named module.function.")
+        known = f"; did you mean {near[0]!r}?" if near else f"; choose from: {', '.join(shipped)}."
+        own = "To use a function of your own, write module.function."
+        raise CourseError(f"{what} = {name!r} is not known{known if shipped else '.'} {own}")
     here = str(Path.cwd())
     try:
-        sys.path.insert(0, here)  # the folder of the notebooks, where one's own modules lie
+        sys.path.insert(0, here)  # the folder of the notebooks, for your own modules
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise CourseError(f"{what} = {name!r} cannot be had: {error}.") from None
+        raise CourseError(
+            f"{what} = {name!r} cannot be imported ({error}): check the name, and that the file is "
+            "in the current folder."
+        ) from None
     finally:
         sys.path.remove(here)
     if not callable(found):
-        raise CourseError(f"{what} = {name!r} is no function.")
+        raise CourseError(f"{what} = {name!r} is not a function: name one that can be called.")
     return found
 
 
 def name_of(function, shipped, preferred=""):
-    """The name of a function as `named` would find it; `preferred` where several names fit."""
+    """Returns the name by which `named` finds a function; `preferred` if it has several names."""
     names = [name for name, known in shipped.items() if known is function]
     if names:
         return preferred if preferred in names else names[0]
@@ -149,9 +158,9 @@ def name_of(function, shipped, preferred=""):
 
 
 def code_of(function):
-    """A short hash of what a function does, so that a stopped run notices another one.
+    """Returns a short hash of a function, so that a resumed run notices a changed function.
 
-    It covers the code, its constants and defaults, and plain values that the function closes over.
+    It covers the code, its constants and defaults, and plain values in the function's closure.
     """
     function = getattr(function, "__func__", function)
     if not hasattr(function, "__code__"):
@@ -160,7 +169,7 @@ def code_of(function):
 
 
 def meaning(part):
-    """Code as nested tuples, without addresses, line numbers and file names."""
+    """Returns code as nested tuples, without addresses, line numbers and file names."""
     if inspect.iscode(part):
         return part.co_code, part.co_names, tuple(map(meaning, part.co_consts))
     if inspect.isfunction(part):
@@ -172,24 +181,27 @@ def meaning(part):
 
 
 def ask(reward, prompts, responses, what="reward"):
-    """The reward of each answer, (B,), and the numbers of which it is the sum."""
+    """Returns the reward of each answer, (B,), and the scores of each term, {name: scores}."""
     with scoring_errors(what):
         parts = reward.parts(prompts, responses) if isinstance(reward, Sum) else {}
         total = reward.add(parts) if parts else reward(prompts, responses)
         scores = torch.tensor([float(score) for score in total])
     if len(scores) != len(prompts) or not scores.isfinite().all():
         raise CourseError(
-            f"The {what} must give a finite number for each of {len(prompts)} answers; it gave "
-            f"{len(scores)}, of which {int(scores.isfinite().sum())} are finite."
+            f"The {what} must return a finite number for each of {len(prompts)} answers; it "
+            f"returned {len(scores)} numbers, {int(scores.isfinite().sum())} of them finite."
         )
     return scores, parts
 
 
 def normalised(scores, running):
-    """Scores around the mean of all scores so far, in units of their deviation (Chan's update)."""
+    """Returns the scores minus the mean of all scores so far, divided by their standard deviation.
+
+    `running` keeps the count, the mean and the sum of squared deviations M2 (Chan's update).
+    """
     n, count = running.get("scores", 0), len(scores)
-    mean, spread = running.get("mean", 0.0), running.get("spread", 0.0)  # spread: n times variance
-    step = scores.mean().item() - mean
-    spread += (scores - scores.mean()).square().sum().item() + step**2 * n * count / (n + count)
-    running |= {"scores": n + count, "mean": mean + step * count / (n + count), "spread": spread}
-    return (scores - running["mean"]) / max((spread / (n + count)) ** 0.5, 1e-6)
+    mean, m2 = running.get("mean", 0.0), running.get("m2", 0.0)
+    delta = scores.mean().item() - mean
+    m2 += (scores - scores.mean()).square().sum().item() + delta**2 * n * count / (n + count)
+    running |= {"scores": n + count, "mean": mean + delta * count / (n + count), "m2": m2}
+    return (scores - running["mean"]) / max((m2 / (n + count)) ** 0.5, 1e-6)

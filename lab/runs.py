@@ -1,4 +1,4 @@
-"""Runs and what they leave behind: whole folders or none, and every number that was measured."""
+"""The folders that stages write and read: published complete or not at all, with all metrics."""
 
 import functools
 import hashlib
@@ -22,39 +22,40 @@ from lab.hub import reason_of
 
 
 def digest(*paths):
-    """One hash over the contents of some files."""
-    whole = hashlib.blake2b(digest_size=16)
+    """Returns one hash of the contents of all files."""
+    total = hashlib.blake2b(digest_size=16)
     for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
-                whole.update(block)
-    return whole.hexdigest()
+                total.update(block)
+    return total.hexdigest()
 
 
-def steadily(read):
-    """The reader of an artifact; it reads anew where a run has replaced the artifact meanwhile."""
+def retry_if_replaced(read):
+    """Decorates a function that reads an artifact: it reads again if a run has replaced the
+    artifact in the meantime."""
 
     @functools.wraps(read)
     def reads(root, name):
         while True:
-            before = settled(root, name)
+            before = version_of(root, name)
             try:
                 found = read(root, name)
             except (CourseError, OSError):
-                if settled(root, name) == before:
+                if version_of(root, name) == before:
                     raise
             else:
-                if settled(root, name) == before:
+                if version_of(root, name) == before:
                     return found
 
     return reads
 
 
-def settled(root, name):
-    """Which folder stands at model/<name>; None without one.
+def version_of(root, name):
+    """Returns the stamp of the folder model/<name>; None if there is no such folder.
 
-    It waits where a run is between the two renames of `publish`. A run that died there has left the
-    lock free and the old artifact beside: whoever gets the lock puts it back.
+    It waits while another run is between the two renames of `publish`. If that run has died there,
+    its lock is free, and the old artifact is put back.
     """
     folder, old, lock = places(root, name)
     end = time.monotonic() + (10 if old.exists() else 0.1)
@@ -63,19 +64,19 @@ def settled(root, name):
             with FileLock(lock).acquire(timeout=0):
                 recover(folder, old)
                 return stamp(folder)
-        except OSError:  # a living run has the lock; or nobody may write here
+        except OSError:  # a running process has the lock, or this folder is read-only
             time.sleep(0.005)
     return found or stamp(folder)
 
 
 def places(root, name):
-    """Where a finished stage stands, where its predecessor waits, and the lock of both."""
+    """Returns the folder of a stage, the place of its old version while publishing, its lock."""
     folder = Path(root) / "model" / name
     return folder, folder.with_name(f".{name}.old"), folder.with_name(f".{name}.lock")
 
 
 def stamp(path):
-    """What tells a file or folder from any other in its place, and from itself moved and back."""
+    """Returns numbers that change if a file or folder is replaced, changed or moved; else None."""
     try:
         found = path.stat()
     except OSError:
@@ -84,30 +85,31 @@ def stamp(path):
 
 
 def recover(folder, old):
-    """Puts the old artifact back where a run died between its renames; only under the lock."""
+    """Puts the old artifact back if a run died between its renames. Call it with the lock only."""
     if not folder.exists() and old.exists():
         old.rename(folder)
 
 
-@steadily
+@retry_if_replaced
 def artifact(root, name):
-    """The folder of a finished stage, after checking that it is whole and fits its inputs."""
+    """Returns the folder of a finished stage; raises if it is damaged or out of date."""
     folder, record = Path(root) / "model" / name, read_record(root, name)
     lost = [f for f, size in record["files"].items() if file_size(folder / f) != size]
     if lost:
-        raise CourseError(f"model/{name} is damaged ({lost[0]}): run {NOTEBOOKS[name]} again.")
+        problem = f"{lost[0]} is missing or has the wrong size"
+        raise CourseError(f"model/{name} is damaged ({problem}): run {NOTEBOOKS[name]} again.")
     weights = [f for f in record["files"] if f.endswith(".safetensors")] or record["files"]
     stamps = [(folder / f, stamp(folder / f)) for f in weights]
     if fingerprint(tuple(stamps), record["id"]) != record["id"]:
         raise CourseError(
-            f"model/{name} is damaged (other weights than were written): run {NOTEBOOKS[name]} "
-            "again."
+            f"model/{name} is damaged (its weights have changed since they were written): run "
+            f"{NOTEBOOKS[name]} again."
         )
     for source, made_from in record["inputs"].items():
         if read_record(root, source)["id"] != made_from:
             raise CourseError(
-                f"model/{name} was made from another model/{source} than the one there now: "
-                f"run {NOTEBOOKS[name]} again."
+                f"model/{name} was made from another version of model/{source}: run "
+                f"{NOTEBOOKS[name]} again."
             )
         artifact(root, source)
     return folder
@@ -115,22 +117,22 @@ def artifact(root, name):
 
 @functools.lru_cache(maxsize=64)
 def fingerprint(stamps, expected):
-    """The hash of some files; once for files that have not changed since, nor what is expected."""
+    """Returns the hash of some files; cached while their stamps and the expected hash are equal."""
     return digest(*(path for path, _ in stamps))
 
 
-@steadily
+@retry_if_replaced
 def has_record(root, name):
-    """Whether the course has made this artifact."""
+    """Returns whether the course has made this artifact."""
     return (Path(root) / "model" / name / "stage.json").exists()
 
 
-@steadily
+@retry_if_replaced
 def read_record(root, name):
-    """The stage.json of a finished stage."""
+    """Returns the stage.json of a finished stage as a dict."""
     path = Path(root) / "model" / name / "stage.json"
     if not path.parent.exists():
-        raise CourseError(f"model/{name} is not there yet: run {NOTEBOOKS[name]} first.")
+        raise CourseError(f"model/{name} does not exist yet: run {NOTEBOOKS[name]} first.")
     if foreign(path.parent):
         raise CourseError(f"model/{name} was not made by this course: {MOVE.format(name)}")
     try:
@@ -142,26 +144,26 @@ def read_record(root, name):
     except (OSError, ValueError, KeyError, TypeError):
         raise CourseError(f"{path} cannot be read: run {NOTEBOOKS[name]} again.") from None
     if record["stage"] != name:
-        raise CourseError(f"model/{name} holds the result of {made_by}: {MOVE.format(name)}")
+        raise CourseError(f"model/{name} contains the result of {made_by}: {MOVE.format(name)}")
     return record
 
 
 MOVE = (
-    "move model/{0} elsewhere and run the notebook that makes it. (A model of your own comes in as "
-    "the parameter base_model of 0_download.ipynb.)"
+    "move model/{0} elsewhere, then run the notebook that makes it. (To use your own model, set "
+    "base_model in 0_download.ipynb.)"
 )
 
 
 def foreign(folder):
-    """Something lies there that no stage of the course wrote."""
+    """Returns whether a folder contains something that no stage of the course wrote."""
     if folder.is_dir():
         return any(folder.iterdir()) and not (folder / "stage.json").exists()
     return folder.exists()
 
 
 def finished(root):
-    """The stages whose results are there, in the order of the course."""
-    return [name for name in NOTEBOOKS if name != "report" and settled(root, name)]
+    """Returns the names of the finished stages, in the order of the course."""
+    return [name for name in NOTEBOOKS if name != "report" and version_of(root, name)]
 
 
 def file_size(path):
@@ -169,6 +171,7 @@ def file_size(path):
 
 
 def versions():
+    """Returns the versions of Python and of the main packages."""
     names = ("torch", "transformers", "numpy")
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
@@ -176,10 +179,10 @@ def versions():
 
 
 class Stage:
-    """The folder a stage writes: built beside its place, moved there when it is complete.
+    """The folder that a stage writes: a hidden folder until it is complete, then model/<name>.
 
-    Stopped half-way, whatever stood in `model/<name>` before is untouched, and a rerun with the
-    same parameters goes on from the last checkpoint. The lock of a dead process holds nobody up.
+    If the run is interrupted, the previous `model/<name>` stays as it was, and a rerun with the
+    same parameters resumes from the last checkpoint. The lock of a dead process blocks nobody.
     """
 
     def __init__(
@@ -204,10 +207,10 @@ class Stage:
                 self.data[Path(path).name] = digest(path)
         self.target, self.old, lock = places(root, name)
         self.folder = self.target.with_name(f".{name}.partial")
-        self.kept = self.target.with_name(f".{name}.checkpoints")
+        self.checkpoints = self.target.with_name(f".{name}.checkpoints")
         self.lock = FileLock(lock)
         self.resume, self.resume_changed = resume, resume_changed
-        self.past, self.notes, self.summary, self.asked = [], [], {}, False
+        self.past, self.notes, self.summary, self.stop_requested = [], [], {}, False
 
     def __enter__(self):
         try:
@@ -219,63 +222,66 @@ class Stage:
         return self
 
     def open(self):
-        """Takes the lock; finds the last checkpoint, or makes room for a run from the start."""
+        """Takes the lock, and finds the last checkpoint or clears the folder for a new run."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire(timeout=0.2)  # a reader may have it for a moment
+            self.lock.acquire(timeout=0.2)  # a reader may hold it for a moment
         except Timeout:
             raise CourseError(
-                f"Another run is writing model/{self.name}: wait until it is done, or stop it."
+                f"Another run is writing model/{self.name}: wait until it has finished, or stop it."
             ) from None
         try:
             recover(self.target, self.old)
             if foreign(self.target):
                 raise CourseError(
-                    f"model/{self.name} was not made by this course, and would be lost: "
+                    f"model/{self.name} was not made by this course and would be overwritten: "
                     f"{MOVE.format(self.name)}"
                 )
             self.checkpoint = self.last_checkpoint() if self.resume else None
             if self.checkpoint is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
-                shutil.rmtree(self.kept, ignore_errors=True)
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
         except BaseException:
             self.lock.release()
             raise
 
     def say(self, sentence):
-        """Tells whoever watches, and stage.json."""
+        """Prints a sentence and keeps it for the notes in stage.json."""
         print(f"{self.name}: {sentence}", flush=True)
         self.notes.append(sentence)
 
     def plan(self):
-        """What must be the same for a stopped run to go on."""
-        config = {k: v for k, v in self.config.items() if k not in FREE}
+        """Returns the parameters, inputs and data that must be unchanged to resume a run."""
+        config = {k: v for k, v in self.config.items() if k not in MAY_CHANGE}
         return {"parameter": config, "input": self.inputs, "file": self.data}
 
     def last_checkpoint(self):
-        """The newest whole checkpoint of a stopped run, its files cut back to then; or None."""
-        if not self.folder.exists():  # what was stopped was complete
+        """Returns the newest intact checkpoint of an interrupted run, or None.
+
+        It also restores the files of the unfinished stage to their state at that checkpoint.
+        """
+        if not self.folder.exists():  # the interrupted run was complete
             return None
-        found = sorted(self.kept.glob("step-*"), reverse=True)
+        found = sorted(self.checkpoints.glob("step-*"), reverse=True)
         for folder in found:
-            note = self.whole(folder)
+            note = self.read_note(folder)
             if note is None:
                 continue
             if folder != found[0]:
-                self.say(f"{found[0].name} is damaged; {folder.name} is whole and is taken.")
-            self.compare(note)
+                self.say(f"{found[0].name} is damaged; resuming from {folder.name} instead.")
+            self.check_unchanged(note)
             for damaged in found[: found.index(folder)]:
                 shutil.rmtree(damaged)
-            self.cut_back(note["sizes"])
+            self.restore_files(note["sizes"])
             self.past = note["past"]
             return folder
         if found:
-            self.say("the checkpoints of a stopped run are damaged; starting afresh.")
+            self.say("all checkpoints of the interrupted run are damaged; starting afresh.")
         return None
 
-    def cut_back(self, sizes):
-        """The files being written as they were then: logs shorter, weights and adapters gone."""
+    def restore_files(self, sizes):
+        """Restores the files of the stage: truncates logs, removes files written later."""
         for path in self.folder.iterdir():
             if path.name in sizes:
                 os.truncate(path, sizes[path.name])
@@ -284,8 +290,8 @@ class Stage:
             else:
                 path.unlink()
 
-    def whole(self, folder):
-        """The note of a checkpoint; None if a file of it, or one it counts on, is cut short."""
+    def read_note(self, folder):
+        """Returns the note.json of a checkpoint; None if the checkpoint or a log is damaged."""
         try:
             note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
             parts = {folder / name: size for name, size in note["parts"].items()}
@@ -300,8 +306,8 @@ class Stage:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def compare(self, note):
-        """A changed run never goes on silently: what changed is named."""
+    def check_unchanged(self, note):
+        """Raises if parameters, inputs or data have changed; resume_changed only reports it."""
         for kind, now in self.plan().items():
             for name in sorted({*now, *note["plan"][kind]}):
                 was, new = note["plan"][kind].get(name), now.get(name)
@@ -310,18 +316,18 @@ class Stage:
                     change = f"the {kind} {name} has changed{change}"
                     if not self.resume_changed:
                         raise CourseError(
-                            f"A run for model/{self.name} was stopped at step {note['step']}, and "
-                            f"{change} since. Change it back to go on, set resume_changed = True "
-                            "to go on all the same, or resume = False to start afresh."
+                            f"A run of model/{self.name} was interrupted at step {note['step']}, "
+                            f"and {change} since then. To resume it, change that back or set "
+                            "resume_changed = True; to start afresh, set resume = False."
                         )
-                    self.say(f"going on although {change} since step {note['step']}.")
+                    self.say(f"resuming although {change} since step {note['step']}.")
 
     def steps(self, total, optimiser, keep_last=False):
-        """The numbers of the steps that are left; a checkpoint now and then, and on a stop.
+        """Yields the numbers of the remaining steps and saves checkpoints, also on an interrupt.
 
-        What survives: `optimiser.models`, `.adamw` and the dict `.state`, every random state, and
-        what was logged. All else has to follow from the number of the step. `keep_last` is for a
-        stage that has work to do behind the last step, which may fail.
+        A checkpoint contains `optimiser.models`, `.adamw` and the dict `.state`, all random states
+        and the logs. Everything else must depend on the number of the step only. `keep_last` saves
+        a checkpoint after the last step, for a stage whose remaining work may fail.
         """
         first = self.load(optimiser, total) if self.checkpoint else 0
         with Stop() as stop:
@@ -332,46 +338,47 @@ class Stage:
                 if step + 1 == total:
                     if keep_last:
                         self.save(optimiser, total)
-                    self.asked = stop.asked  # nothing is left to be stopped: the result is written
+                    self.stop_requested = stop.requested  # finish first: no step is left
                     return
                 start = time.perf_counter()
-                if stop.asked or start - saved >= pause:
+                if stop.requested or start - saved >= pause:
                     self.save(optimiser, step + 1)
                     saved = time.perf_counter()
-                    if seconds:  # saving takes a twentieth of the time at most
+                    if seconds:  # saving takes at most a twentieth of the time
                         pause = max(seconds, 19 * (saved - start))
-                if stop.asked:
+                if stop.requested:
                     raise KeyboardInterrupt(f"{self.name} stopped after step {step + 1}.")
 
     def load(self, optimiser, total):
-        """Reads the checkpoint; the number of steps that it has behind it."""
+        """Reads the checkpoint and returns its number of finished steps."""
         from lab import checkpoints
 
         try:
             note = json.loads((self.checkpoint / "note.json").read_text(encoding="utf-8"))
             checkpoints.read(self.checkpoint, optimiser)
             checkpoints.set_random_states(note["random"], device_of(optimiser))
-        except Exception as error:  # safetensors, torch and the disk have many kinds
+        except Exception as error:  # safetensors, torch and the disk raise many types
             reason = reason_of(error)
             raise CourseError(
-                f"model/{self.kept.name}/{self.checkpoint.name} cannot be loaded "
-                f"({reason}): delete that folder to go on from the one before, or set resume = "
-                "False to start afresh."
+                f"model/{self.checkpoints.name}/{self.checkpoint.name} cannot be loaded "
+                f"({reason}): delete that folder to resume from the checkpoint before it, or set "
+                "resume = False to start afresh."
             ) from None
         optimiser.state.update(note["state"])
         self.notes = note["notes"] + self.notes
-        self.say(f"going on after step {note['step']} of {total}, where a run was stopped.")
+        self.say(f"resuming the interrupted run after step {note['step']} of {total}.")
         return note["step"]
 
     def save(self, optimiser, step):
-        """A checkpoint, written beside its place and renamed.
+        """Saves a checkpoint: writes it to the folder `building`, then renames that folder.
 
-        From the first on there is always a whole one; with the half one there are never three.
+        So one complete checkpoint always exists after the first. At most two are on the disk,
+        including the one being written.
         """
         from lab import checkpoints
 
-        folder, building = self.kept / f"step-{step:08d}", self.kept / "building"
-        for old in (building, *sorted(self.kept.glob("step-*"))[:-1]):
+        folder, building = self.checkpoints / f"step-{step:08d}", self.checkpoints / "building"
+        for old in (building, *sorted(self.checkpoints.glob("step-*"))[:-1]):
             shutil.rmtree(old, ignore_errors=True)
         checkpoints.write(building, optimiser)
         note = {"step": step, "state": optimiser.state, "notes": self.notes, "plan": self.plan()}
@@ -382,24 +389,24 @@ class Stage:
         os.replace(building, folder)
 
     def log(self, metrics):
-        """One step's metrics: kept as a line, handed on to whoever watches."""
+        """Adds the peak memory to a step's metrics, appends them to metrics.jsonl, returns them."""
         metrics = {name: rounded(value) for name, value in metrics.items()}
         metrics |= memory.peaks()
         self.append("metrics.jsonl", [metrics])
         return metrics
 
     def alert(self, before, now, stop):
-        """Says an alert when it comes up; `stop` makes it an error."""
+        """Prints the alerts that were not raised in the last step; `stop` makes them an error."""
         for name in now.keys() - before.keys():
             self.say(now[name])
         if now and stop:
             raise CourseError(
-                f"{' '.join(now.values())} The run stopped, as stop_on_alert = True asks; with "
-                "False it goes on from its last checkpoint."
+                f"{' '.join(now.values())} The run stopped because stop_on_alert = True; set it to "
+                "False to resume from the last checkpoint."
             )
 
     def samples(self, rows):
-        """Answers worth reading, a line each in samples.jsonl."""
+        """Appends sample answers to samples.jsonl, one per line."""
         rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
         self.append("samples.jsonl", rows)
 
@@ -417,16 +424,18 @@ class Stage:
         finally:
             self.lock.release()
         self.fail(error)
-        if self.asked and kind is None:
-            raise KeyboardInterrupt(f"{self.name} was complete when it was stopped.")
+        if self.stop_requested and kind is None:
+            raise KeyboardInterrupt(f"{self.name} was already complete when you stopped it.")
 
     def fail(self, error):
-        """Puts an error of the machine into words; what was there before is still there."""
+        """Raises an error of memory, disk or permissions as a CourseError. The previous result is
+        still there."""
         told = explained(error) if error else None
         if told:
             raise CourseError(f"model/{self.name} was not written. {told}") from None
 
     def publish(self):
+        """Writes stage.json and moves the folder to model/<name>."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         weights = [path for path in files if path.suffix == ".safetensors"]
         record = {
@@ -449,11 +458,11 @@ class Stage:
             os.replace(self.target, self.old)
         os.replace(self.folder, self.target)
         shutil.rmtree(self.old, ignore_errors=True)
-        shutil.rmtree(self.kept, ignore_errors=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
-FREE = {  # a stopped run goes on whatever these say
-    "root",  # a course may move
+MAY_CHANGE = {  # parameters that may change before a run is resumed
+    "root",  # you may move the folder of the course
     "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
     "memory",
 }  # fmt: skip
@@ -464,26 +473,26 @@ def device_of(optimiser):
 
 
 def rounded(value):
-    """Six digits of a float; None for what is no number, which JSON does not know."""
+    """Rounds a float to six digits; NaN and infinity, which JSON cannot store, become None."""
     if type(value) is not float:
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class Stop:
-    """Takes SIGINT and SIGTERM as a wish to stop after this step; a second one stops at once."""
+    """Turns SIGINT and SIGTERM into a request to stop after this step; the second stops at once."""
 
     def __enter__(self):
-        self.asked, self.before = False, {}
+        self.requested, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.ask)
+                self.before[number] = signal.signal(number, self.request)
         return self
 
-    def ask(self, number, frame):
-        if self.asked:
+    def request(self, number, frame):
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

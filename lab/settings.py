@@ -1,4 +1,4 @@
-"""A flat dataclass of parameters: presets, types, and clear words for what cannot work."""
+"""The base of a flat dataclass of parameters: presets, type conversion and clear errors."""
 
 import difflib
 import math
@@ -8,16 +8,16 @@ from lab import CourseError
 
 
 def knob(default, stages, meaning):
-    """A field: its default, the stages that read it, what it means."""
+    """Returns a dataclass field with a default, the stages that read it and its meaning."""
     return field(default=default, metadata={"stages": stages.split(), "meaning": meaning})
 
 
 class Settings:
-    """Base of a dataclass made of knobs. None means "as the preset says"."""
+    """The base of a dataclass of knobs. A value of None leaves the preset's value."""
 
     presets = {}
-    may_be_zero = frozenset()  # whole numbers that need not be at least 1
-    one_of = {}  # the words that a text may be
+    may_be_zero = frozenset()  # integers that may be 0; all others must be at least 1
+    one_of = {}  # the allowed words of a text parameter
 
     def __init__(self, preset="auto", **values):
         preset, known = preset or "auto", {f.name: f for f in fields(self)}
@@ -38,12 +38,12 @@ class Settings:
         self.check()
 
     def changed(self, **values):
-        """The same parameters but for those that are given."""
+        """Returns a copy with some values replaced."""
         return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | values)
 
     @staticmethod
     def implied(values):
-        """More defaults, which follow from other values."""
+        """Returns defaults that depend on other values."""
         return {}
 
     def check_size(self, name, kind):
@@ -51,19 +51,20 @@ class Settings:
         if kind is int and value < floor:
             raise CourseError(f"{name} = {value} is impossible: it must be at least {floor}.")
         if kind is float and not 0 <= value < math.inf:
-            raise CourseError(f"{name} = {value} is impossible: it must be at least 0, and finite.")
+            raise CourseError(f"{name} = {value} is impossible: it must be finite and at least 0.")
 
     def check(self):
-        """For what only the subclass knows."""
+        """Checks rules between parameters; subclasses override it."""
 
 
 def nearest(name, known):
+    """Returns the end of an error sentence: the most similar known name, or all of them."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from: {', '.join(known)}."
 
 
 def converted(name, value, kind):
-    """The value as its field's type: YAML and the command line hand over 2e-5 as text."""
+    """Converts a value to the type of its field: YAML and the command line pass 2e-5 as text."""
     try:
         if kind is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"

@@ -1,4 +1,4 @@
-"""Which rows belong to which stage, in which order: the same for the same seed."""
+"""Splits the rows between the stages and orders them; the same seed gives the same result."""
 
 import hashlib
 from pathlib import Path
@@ -12,13 +12,16 @@ from lab.rewards import named
 
 
 def rng_for(cfg, *purpose):
-    """A random generator for one purpose, e.g. ("rollout", 7): no state from step to step."""
+    """Returns a torch.Generator for one purpose, e.g. ("rollout", 7).
+
+    Its seed depends on cfg.seed and the purpose only, so no step depends on the steps before it.
+    """
     name = hashlib.md5(repr((cfg.seed, *purpose)).encode()).hexdigest()
     return torch.Generator().manual_seed(int(name[:15], 16))
 
 
 def load_rows(cfg, share, needs=("prompt",)):
-    """The rows of train.json that belong to one stage: "sft", "preference" or "prompt"."""
+    """Returns the rows of one split of train.json: "sft", "preference" or "prompt"."""
     rows = read_dataset(cfg, "train.json", needs)
     order = torch.randperm(len(rows), generator=rng_for(cfg, "shares")).tolist()
     first = {"sft": 0, "preference": cfg.sft_share}
@@ -27,13 +30,13 @@ def load_rows(cfg, share, needs=("prompt",)):
     chosen = order[round(start * len(rows)) : round(stop * len(rows))]
     if not chosen:
         raise CourseError(
-            f"{share}_share = {stop - start:g} of {len(rows)} rows is none: raise it."
+            f"{share}_share = {stop - start:g} of {len(rows)} rows gives no row: raise it."
         )
     return [rows[i] for i in chosen]
 
 
 def load_eval_rows(cfg):
-    """The first rows of eval.json, after making sure that no training has seen one of them."""
+    """Returns the first rows of eval.json; raises if one of them is also in train.json."""
     rows = read_dataset(cfg, "eval.json")
     if (Path(cfg.root) / "dataset" / "train.json").exists():
         check_no_overlap(read_dataset(cfg, "train.json"), rows, "eval.json")
@@ -41,25 +44,28 @@ def load_eval_rows(cfg):
 
 
 def batches(count, size, generator):
-    """One epoch of index lists, in random order; every row once."""
+    """Returns the row indices of one epoch as a list per batch, in random order."""
     return [part.tolist() for part in torch.randperm(count, generator=generator).split(size)]
 
 
 def epochs(cfg, purpose, count, size, laps):
-    """The index lists of a whole training, one a step."""
+    """Returns one list of row indices per step, for `laps` passes over the rows."""
     return [
         index for lap in range(laps) for index in batches(count, size, rng_for(cfg, purpose, lap))
     ]
 
 
 def read_dataset(cfg, name, needs=("prompt",)):
-    """A file of dataset/ as rows, through a reader of one's own where there is one."""
+    """Returns the rows of a file in dataset/, read by cfg.reader if you have set one."""
     reader = named("reader", cfg.reader, {}) if cfg.reader else None
     return read_rows(Path(cfg.root) / "dataset" / name, needs, reader)
 
 
 def prompt_batch(cfg, prompts, step):
-    """The prompts of one step, each `answers` times in a row; a new order each time round."""
+    """Returns the prompts of one step, each repeated `answers` times.
+
+    Every pass over the prompts has a new random order.
+    """
     batch, count = [], cfg.rollout // cfg.answers
     for i in range(step * count, (step + 1) * count):
         lap, place = divmod(i, len(prompts))
@@ -70,7 +76,7 @@ def prompt_batch(cfg, prompts, step):
 
 
 def stack(pieces):
-    """Pieces of a batch below each other, (b, R) with R of their own or (b,): zeros right."""
+    """Concatenates pieces of a batch, (b,) or (b, R). Shorter rows get zeros on the right."""
     if pieces[0].dim() == 1:
         return torch.cat(pieces)
     R = max(piece.shape[1] for piece in pieces)

@@ -1,4 +1,4 @@
-"""The embedded model: its tokenizer, its shape, its text in blocks."""
+"""The embedded model `tiny`: its tokenizer, its architecture, and its pretraining blocks."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -8,7 +8,7 @@ from lab.tokens import FRAME
 
 
 def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE: any text can be written, and words that occur often become one token."""
+    """Trains a byte-level BPE tokenizer, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +29,11 @@ def train_tokenizer(texts, vocab_size):
 
 
 def tiny_model(cfg, tokenizer):
-    """A small OPT with random weights. At this width OPT's own 0.02 learns to copy far later."""
+    """Builds a small OPT with random weights.
+
+    The weights have the standard deviation cfg.init_std. At this hidden size, OPT's default of 0.02
+    makes the model learn to copy much later.
+    """
     shape = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden_size,
@@ -51,7 +55,7 @@ def tiny_model(cfg, tokenizer):
 
 
 def blocks(tokenizer, texts, cfg):
-    """The pretraining text as blocks of equal length, one document after the other, (N, length)."""
+    """Joins all documents and cuts them into blocks of equal length, (N, pretrain_length)."""
     ids = tokenizer([f"{question} {answer}" for question, answer in texts])["input_ids"]
     stream = torch.tensor([token for doc in ids for token in (*doc, tokenizer.eos_token_id)])
     usable = len(stream) // cfg.pretrain_length * cfg.pretrain_length

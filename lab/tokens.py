@@ -1,7 +1,8 @@
-"""Texts as token ids: what people write stays text, only a chat template makes turns and ends.
+"""Turns texts into token ids so that only the chat template can write control tokens.
 
-A tokenizer takes "</s>" in a text for its eos, whoever wrote it. So the control tokens have secret
-names here, which the words of the template get and the words of people do not.
+A plain tokenizer turns the characters "</s>" into its eos, even in a text that a user wrote. Here
+the control tokens therefore have secret names. The template's text uses these names; prompts and
+answers cannot.
 """
 
 import json
@@ -17,7 +18,7 @@ from lab import CourseError
 from lab.data import turns
 from lab.hub import reason_of
 
-# What a tokenizer without a chat template gets: the course's own frame.
+# The course's own dialogue frame, for tokenizers without a chat template.
 FRAME = (
     "{% for m in messages %}{{ '' if loop.first else ' ' }}"
     "{{ 'Human: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] }}{% endfor %}"
@@ -27,18 +28,18 @@ FRAME = (
 
 @cache
 def encoders():
-    """{tokenizer: its encoder}, for as long as the tokenizer lives."""
+    """Returns the cache {tokenizer: Encoder}; an entry lives as long as its tokenizer."""
     return WeakKeyDictionary()
 
 
 @cache
 def secret():
-    """A word that nobody can know before this program runs."""
+    """Returns a random word, drawn once per process, that no text can contain on purpose."""
     return secrets.token_hex(8)
 
 
 def encoder(tokenizer):
-    """The `Encoder` of a tokenizer, made once."""
+    """Returns the `Encoder` of a tokenizer, from the cache if nothing has changed."""
     state = str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer)
     known = encoders().get(tokenizer)
     if known is None or known.state != state:
@@ -47,7 +48,7 @@ def encoder(tokenizer):
 
 
 def stops_of(model, tokenizer):
-    """The ids that end an answer: those the model was made with, and those of its tokenizer."""
+    """Returns the ids that end an answer, according to the model's config and its tokenizer."""
     ids = []
     for part in (getattr(model, "generation_config", None), model.config):
         known = getattr(part, "eos_token_id", None)
@@ -57,25 +58,26 @@ def stops_of(model, tokenizer):
 
 
 def own_frame(tokenizer):
-    """Whether dialogues look like "Human: ... Assistant: ...", as the data has them."""
+    """Returns whether a tokenizer uses the course's frame, "Human: ... Assistant: ..."."""
     return tokenizer.chat_template in (None, FRAME)
 
 
 def in_template(tokenizer, messages, answer_follows=True):
-    """The dialogue as its tokenizer's chat template frames it, up to where the answer begins.
+    """Applies the tokenizer's chat template to a dialogue, up to where the answer begins.
 
-    A template is a program of strangers: it runs in a sandbox, which fails where it wants more.
+    A template is a program that comes with the model. It runs in a sandbox, which blocks unsafe
+    access.
     """
     how = {"tokenize": False, "add_generation_prompt": answer_follows}
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except Exception as error:  # a template may raise whatever it likes
+    except Exception as error:  # a template may raise any error
         what = f"The chat template in {tokenizer.name_or_path} fails ({reason_of(error)})"
-        raise CourseError(f"{what}: mend it, or delete it to get the course's frame.") from None
+        raise CourseError(f"{what}: fix it, or delete it to use the course's frame.") from None
 
 
 class Encoder:
-    """Turns prompts and answers into ids as one tokenizer and its chat template want them."""
+    """Encodes prompts and answers in the format of one tokenizer and its chat template."""
 
     def __init__(self, tokenizer, state):
         self.tokenizer, self.state = proxy(tokenizer), state
@@ -83,7 +85,7 @@ class Encoder:
         opened, whole = ("Assistant:", "") if self.own_frame else example(tokenizer)
         self.controls = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         for i, token in tokenizer.added_tokens_decoder.items():
-            # Some tokenizers do not mark as special what their template writes to open a turn.
+            # Some tokenizers do not mark the tokens that open a turn as special.
             written = token.content.strip() and token.content in opened + whole
             if token.special or written:
                 self.controls[token.content] = i
@@ -96,15 +98,16 @@ class Encoder:
         self.inside = None
         if tokenizer.is_fast:
             self.inside = renamed(tokenizer.backend_tokenizer.to_str(), tuple(self.names.items()))
-        else:  # its names are fixed: a space keeps what people write from being one
+        else:  # a slow tokenizer cannot be renamed: a space breaks up control words in texts
             self.names = {text: text for text in self.controls}
             self.shown = {name: f"{text[0]} {text[1:]}" for name, text in self.shown.items()}
         mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        self.front, self.back = mask.index(0), mask[::-1].index(0)  # 1 and 1, if it is 1 0 1
+        # The number of special tokens before and after a text, e.g. 1 and 1 for the mask 1 0 1.
+        self.front, self.back = mask.index(0), mask[::-1].index(0)
         self.around_answers(opened, whole)
 
     def around_answers(self, opened, whole):
-        """Sets what stands before an answer, the spaces around it, and the token that ends it."""
+        """Finds the text before an answer, the spaces around it, and the token that ends it."""
         last = max((found.start() for found in self.find_control.finditer(opened)), default=0)
         self.opening = self.named(opened[last:])
         self.before, self.after, self.end = "", "", self.tokenizer.eos_token_id
@@ -119,30 +122,30 @@ class Encoder:
                 self.after, self.end = space, self.controls[found[0]]
 
     def ids(self, texts, special=False):
-        """Ids of texts whose control tokens have their secret names."""
+        """Returns the ids of texts in which control tokens have their secret names."""
         if self.inside is None:
             return self.tokenizer(texts, add_special_tokens=special)["input_ids"]
         return [one.ids for one in self.inside.encode_batch_fast(texts, add_special_tokens=special)]
 
     def hide(self, text):
-        """A text of people without words that look like control tokens: `show` brings them back."""
+        """Replaces words in a user's text that look like control tokens; `show` restores them."""
         return self.find_control.sub(lambda found: self.hidden[found[0]], text)
 
     def show(self, text):
-        """Here they look like control, and are none: a control token has another name."""
+        """Restores the words that `hide` replaced. They are text, not control tokens."""
         return self.find_hidden.sub(lambda found: self.shown[found[0]], text)
 
     def named(self, text):
-        """A text of the template, its control tokens under their secret names."""
+        """Gives the control tokens in a text of the template their secret names."""
         return self.find_control.sub(lambda found: self.names[found[0]], text)
 
     def framed(self, messages):
-        """The dialogue in its template, which alone writes control tokens."""
+        """Applies the template to a dialogue; no message can add a control token."""
         safe = [turn | {"content": self.hide(turn["content"])} for turn in messages]
         return self.show(self.named(in_template(self.tokenizer, safe)))
 
     def prompts(self, prompts, limit):
-        """Ids of prompts in their frame; those that are too long lose what is oldest."""
+        """Returns the ids of prompts in their frame; long prompts lose their oldest part."""
         if self.own_frame:
             rows = self.ids([self.show(self.hide(prompt)) for prompt in prompts], special=True)
             return [cut(row[: len(row) - self.back], self.front, limit) for row in rows]
@@ -154,9 +157,10 @@ class Encoder:
         ]
 
     def shortened(self, messages, limit):
-        """Ids of a dialogue without its oldest turns, and then without the front of a text.
+        """Returns the ids of a dialogue that fits: first the oldest turns are dropped, then the
+        beginning of the oldest text that is left.
 
-        What the system says and what the template writes stay, if there is room for them.
+        The system prompt and the template's own tokens stay if there is room for them.
         """
 
         first = int(messages[0]["role"] == "system" and len(messages) > 1)
@@ -174,17 +178,18 @@ class Encoder:
         def fits(letters):
             return len(without(turns, letters)) <= limit
 
-        while kept < length and fits(length - kept):  # a text may be a thousand times too long
+        while kept < length and fits(length - kept):  # start small: the text may be very long
             kept *= 2
         letters = bisect_left(range(length), True, lo=max(0, length - kept), key=fits)
         row = without(turns, letters)
         return cut(row, int(row[:1] == [self.tokenizer.bos_token_id]), limit)
 
     def answers(self, answers, limit):
-        """Ids of answers, their end included; those that are too long lose their last words.
+        """Returns the ids of answers, including the token that ends them; long answers lose their
+        last words.
 
-        Some tokenizers begin a text as they begin no word inside one: so the answer is read behind
-        the words that stand before it.
+        Some tokenizers encode the first word of a text differently. So each answer is encoded
+        together with the words before it, whose ids are then removed.
         """
         texts = [self.show(self.hide(answer.strip())) for answer in answers]
         texts = [self.before + text + self.after for text in texts]
@@ -196,29 +201,29 @@ class Encoder:
         return rows
 
     def texts(self, rows):
-        """What stands in rows of ids, without control tokens."""
+        """Decodes rows of ids to texts, without control tokens."""
         kept = [[one for one in row if one not in self.control_ids] for row in rows]
         return [self.tokenizer.decode(row).strip() for row in kept]
 
 
 def example(tokenizer):
-    """A question in its template, up to where the answer begins; and with an answer."""
+    """Applies the template to a secret question: up to the answer, and with a secret answer."""
     messages = [{"role": who, "content": secret()} for who in ("user", "assistant")]
     opened = in_template(tokenizer, messages[:1])
     try:
         return opened, in_template(tokenizer, messages, answer_follows=False)
-    except CourseError:  # it knows questions only
+    except CourseError:  # the template accepts questions only
         return opened, ""
 
 
 def any_of(words):
-    """A pattern that finds any of the words, the longer ones first."""
+    """Compiles a pattern that finds any of the words and prefers longer ones."""
     ordered = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
 
 
 def cut(ids, front, limit):
-    """The last ids, behind the first ones if there is room for both."""
+    """Cuts ids to `limit`: keeps the first `front` ids if they fit, and then the last ones."""
     if len(ids) <= limit:
         return ids
     front = front if front < limit else 0
@@ -227,7 +232,7 @@ def cut(ids, front, limit):
 
 @lru_cache(maxsize=4)
 def renamed(serialised, names):
-    """A fast tokenizer that gives the same ids, and knows its control tokens by other names."""
+    """Builds a fast tokenizer with the same ids whose control tokens have new names."""
     inside, names = json.loads(serialised), dict(names)
     inside["truncation"] = inside["padding"] = None
     for token in inside["added_tokens"]:

@@ -219,7 +219,7 @@ def without_clock(history):
 def test_stopped_and_run_again_adapters_end_in_the_same_bits(course, stage, tmp_path, capsys):
     one = in_one_go(copied(course, stage, tmp_path / "one"), stage, lora_rank=4)
     two = stopped_and_resumed(copied(course, stage, tmp_path / "two"), stage, lora_rank=4)
-    assert f"{stage}: going on after step 1 of" in capsys.readouterr().out
+    assert f"{stage}: resuming the interrupted run after step 1 of" in capsys.readouterr().out
     assert without_clock(one[0]) == without_clock(two[0]) and len(one[0]) > 2
     assert one[1] == two[1] and len(one[1]) == 2
 

@@ -1,4 +1,4 @@
-"""0_download: which base model is taken, and what happens when one will not load."""
+"""0_download: which base model is taken, and what happens when one does not load."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_without_a_gpu_auto_is_tiny():
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/anywhere"])
 def test_a_model_that_cannot_be_had_is_replaced_by_tiny_and_the_reason_is_told(name):
     source, why, _ = util.choose_base(util.Config("smoke", base_model=name))
-    assert source == "tiny" and why.startswith(f"{name} will not load (")
+    assert source == "tiny" and why.startswith(f"{name} does not load (")
     assert "\n" not in why
 
 
@@ -78,6 +78,6 @@ def test_later_notebooks_take_the_preset_that_suits_the_base_model(ready, root):
 
 def test_texts_longer_than_the_model_can_read_are_refused_in_numbers(ready, root):
     wanted = dict(base_model=str(ready), max_prompt=120, fallback=False)
-    with pytest.raises(CourseError, match="= 136, but .* reads 128 tokens at most"):
+    with pytest.raises(CourseError, match="= 136, but .* reads at most 128 tokens"):
         list(util.train_base(util.Config("smoke", root=str(root), **wanted)))
     assert not (root / "model" / "base").exists()

@@ -158,7 +158,7 @@ def refusal(path, needs=("prompt",)):
 
 
 LINE = json.dumps(GOOD) + "\n"
-LAYOUT = "one JSON object a line, or one JSON list"
+LAYOUT = "one JSON object per line, or one JSON list"
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,28 @@ LAYOUT = "one JSON object a line, or one JSON list"
         (f"[\n{LINE},\n{LINE}{LINE}]", "line 5: this is not valid JSON (Expecting ','", LAYOUT),
         (f"\n\n[{LINE},\n{LINE}", "line 6: this is not valid JSON (Expecting ','", LAYOUT),
         (f"\r\r[{LINE},\r{LINE[:30]}", "line 5: this is not valid JSON", LAYOUT),
-        ('{"prompt": NaN}', "line 1: NaN is no JSON", "write null"),
+        ('{"prompt": NaN}', "line 1: NaN is not valid JSON", "write null"),
         (f'[{LINE},\n{{"prompt": -Infinity}}]', "somewhere in the list: -Infinity", "null"),
         (LINE + '{"n": ' + "7" * 5_000 + "}", "line 2: a number is too long", "quotes"),
         (LINE + '{"n": ' + "[" * 100_000, "line 2: brackets are nested too deeply", "flat"),
         ("[" * 100_000, "somewhere in the list: brackets are nested too deeply", "flat"),
-        (LINE + "\0\n", "line 2: there are NUL characters", "UTF-8"),
-        (f"[{LINE},\n\0{LINE}]", "line 3: there are NUL characters", "UTF-8"),
-        (LINE + json.dumps(GOOD | {"kind": "a\0b"}), "line 2: there are NUL characters", "remove"),
-        (LINE + json.dumps(GOOD | {"flaw": "\ud800"}), "line 2: half a character", "remove"),
-        (LINE + json.dumps({"\udfff": 1}), "line 2: half a character", "remove"),
+        (LINE + "\0\n", "line 2: the text contains NUL characters", "UTF-8"),
+        (f"[{LINE},\n\0{LINE}]", "line 3: the text contains NUL characters", "UTF-8"),
+        (
+            LINE + json.dumps(GOOD | {"kind": "a\0b"}),
+            "line 2: the text contains NUL characters",
+            "remove",
+        ),
+        (
+            LINE + json.dumps(GOOD | {"flaw": "\ud800"}),
+            "line 2: the text contains half of a surrogate pair",
+            "remove",
+        ),
+        (
+            LINE + json.dumps({"\udfff": 1}),
+            "line 2: the text contains half of a surrogate pair",
+            "remove",
+        ),
         (LINE + "3\n" + LINE, "line 2: a row must be an object", '{"prompt": "..."}'),
         (f'[{LINE}, "text", null]', "row 2 (the first of 2): a row must be an object", "prompt"),
     ],
@@ -216,7 +228,7 @@ PAIR = ("prompt", "chosen", "rejected")
         ({"prompt": " \n\u3000"}, "the field 'prompt' is empty"),
         ({"chosen": "\t"}, "the field 'chosen' is empty"),
         ({"rejected": ""}, "the field 'rejected' is empty"),
-        ({"rejected": " a\n"}, "chosen and rejected are equal: remove such rows, they teach"),
+        ({"rejected": " a\n"}, "chosen and rejected are equal: remove such rows; they teach"),
     ],
     ids=repr,
 )
@@ -239,11 +251,17 @@ def test_what_is_not_needed_may_be_empty_equal_or_missing(tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"prompt": "x", "chosn": "y"}, "the field 'chosen' is missing; did you mean 'chosn'?"),
-        ({"Prompt": "x", "chosen": "y"}, "the field 'prompt' is missing; did you mean 'Prompt'?"),
-        ({"prompt": "x", "a": "y"}, "the field 'chosen' is missing; there are: prompt, a."),
-        ({}, "the field 'prompt' is missing; there are: none."),
-        ({"n\nm": 1, "k" * 99: 2}, "the field 'prompt' is missing; there are: n m, ..."),
+        (
+            {"prompt": "x", "chosn": "y"},
+            "the field 'chosen' is missing; the row has 'chosn': rename it to 'chosen'.",
+        ),
+        (
+            {"Prompt": "x", "chosen": "y"},
+            "the field 'prompt' is missing; the row has 'Prompt': rename it to 'prompt'.",
+        ),
+        ({"prompt": "x", "a": "y"}, "the field 'chosen' is missing; the row has prompt, a."),
+        ({}, "the field 'prompt' is missing; the row has no fields."),
+        ({"n\nm": 1, "k" * 99: 2}, "the field 'prompt' is missing; the row has n m, ..."),
     ],
     ids=range(5),
 )
@@ -253,13 +271,13 @@ def test_a_missing_field_is_named_and_the_nearest_one_too(tmp_path, row, words):
 
 @pytest.mark.parametrize("text", ["", "\ufeff", "\n \n\r\n\t", "[]", "[\n]\n"])
 def test_what_holds_no_rows_is_refused(tmp_path, text):
-    assert refusal(stored(tmp_path, text)) == f"holds no rows: a file holds {LAYOUT} of objects."
+    assert refusal(stored(tmp_path, text)) == f"contains no rows: write {LAYOUT} of objects."
 
 
 def test_what_is_no_file_to_read_is_refused(tmp_path):
     assert "python -m lab world" in refusal(tmp_path / "nowhere.json")
-    assert "must be a file you may read" in refusal(tmp_path)
-    assert "must be a file you may read" in refusal(tmp_path / ("n" * 300))
+    assert "must be a file that you may read" in refusal(tmp_path)
+    assert "must be a file that you may read" in refusal(tmp_path / ("n" * 300))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or not os.geteuid(), reason="root may read all")
@@ -322,7 +340,7 @@ def test_any_shares_are_disjoint(a, b, c, count):
             try:
                 seen += util.load_rows(util.Config("tiny", **shares), share)
             except CourseError as error:
-                assert "is none" in str(error)
+                assert "gives no row" in str(error)
     assert len(seen) == len(set(seen))
 
 

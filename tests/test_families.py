@@ -375,7 +375,9 @@ def test_added_tokens_get_rows_but_a_larger_base_vocabulary_is_refused(cfg, tmp_
     lab.models.save(model, tokenizer, scorer)
     util.load_scorer(scorer, cfg)
     kept(words(70), tmp_path / "c", rows=VOCABULARY)
-    with pytest.raises(CourseError, match="knows 70 tokens, its model only 64: they do not belong"):
+    with pytest.raises(
+        CourseError, match="has 70 tokens, but its model only 64: they do not belong"
+    ):
         lab.models.load_both(cfg, tmp_path / "c", "c")
 
 
@@ -452,7 +454,7 @@ def test_a_hostile_chat_template_does_nothing_and_is_named(name, cfg, tmp_path, 
     with pytest.raises(CourseError) as told:
         util.load_tokenizer(folder, cfg)
     assert f"The chat template in {folder}" in str(told.value) and "\n" not in str(told.value)
-    assert str(told.value).count("mend it") == 1
+    assert str(told.value).count("fix it") == 1
     assert "<class" not in str(told.value) and "root:" not in str(told.value)
     assert not (tmp_path / "MARKER").exists()
 
@@ -462,7 +464,7 @@ def test_a_template_that_fails_on_some_dialogues_only_is_named_too(cfg, tmp_path
     tokenizer = util.load_tokenizer(chatty(tmp_path, picky + CHATML), cfg)
     messages = turns("Human: w5 Assistant: w6 Human: w7 Assistant:")
     assert lab.models.in_template(tokenizer, messages[:1]).endswith("<|end|> <|assistant|>")
-    with pytest.raises(CourseError, match="one turn only.*mend it, or delete it"):
+    with pytest.raises(CourseError, match="one turn only.*fix it, or delete it"):
         lab.models.in_template(tokenizer, messages)
 
 
@@ -610,7 +612,7 @@ def forget_their_code():
 
 
 def test_their_code_runs_only_when_it_is_asked_for(theirs, cfg, modules):
-    (ask, remedy) = ("will not load: trust_remote_code = True runs the code", "; read it first.")
+    (ask, remedy) = ("does not load, because it needs Python code", "set trust_remote_code = True.")
     for load in (util.load_actor, util.load_scorer):
         with pytest.raises(CourseError) as told:
             load(theirs, cfg)
@@ -654,7 +656,7 @@ def test_their_code_travels_with_every_model_that_is_saved(
     scored, _ = util.response_logprobs(policy, *prompt, answers, mask)
     assert (scored - logprobs).abs().max() < 1e-4
     for name in ("actor", "critic"):
-        with pytest.raises(CourseError, match="read it first"):
+        with pytest.raises(CourseError, match="then set trust_remote_code = True"):
             util.load_scorer(tmp_path / name, cfg)
 
 
@@ -667,7 +669,7 @@ def test_a_tokenizer_with_code_of_its_own_travels_too(cfg, modules, tmp_path):
     settings = json.loads(file.read_text()) | {"tokenizer_class": "MineTokenizer"}
     settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_mine.MineTokenizer"]}
     file.write_text(json.dumps(settings))
-    with pytest.raises(CourseError, match="trust_remote_code = True .*; read it first"):
+    with pytest.raises(CourseError, match="needs Python code .* then set trust_remote_code = True"):
         util.load_tokenizer(tmp_path / "a", cfg)
     trusting = util.Config(**vars(cfg) | dict(trust_remote_code=True))
     tokenizer, model = lab.models.load_both(trusting, tmp_path / "a", "a")
@@ -680,5 +682,5 @@ def test_a_model_that_cannot_go_on_from_a_cache_is_refused(theirs, cfg, modules)
     code = THEIR_CODE.replace("past_key_values=None, **more", "**more")
     (theirs / "modeling_mine.py").write_text(code.replace("past_key_values", "None"))
     trusting = util.Config(**vars(cfg) | dict(trust_remote_code=True))
-    with pytest.raises(CourseError, match="theirs will not do: .* past_key_values"):
+    with pytest.raises(CourseError, match="theirs cannot be used: .* past_key_values"):
         lab.models.load_both(trusting, theirs, "theirs")

@@ -658,7 +658,7 @@ def test_the_fast_path_steps_aside_where_the_models_own_forward_says_otherwise(
     for fast in found:
         assert all(torch.equal(a, b) for a, b in zip(fast, own_work(model, work), strict=True))
     said = capsys.readouterr().out
-    assert said.count("\n") == said.count("The fast path steps aside for") == 1
+    assert said.count("\n") == said.count("The fast path is off for") == 1
     assert type(model).__name__ in said and reason in said and hf.__version__ in said
     untouched, usual = work_of(kind, "qwen2", tokens, pad_left)
     if wrong is other_rotary:  # another model goes on as before
@@ -689,7 +689,7 @@ def test_an_adapter_is_another_use(monkeypatch, capsys, pad_left):
         both(policy, work)
     assert not capsys.readouterr().out
     found = work()
-    assert "The fast path steps aside for LlamaForCausalLM" in capsys.readouterr().out
+    assert "The fast path is off for LlamaForCausalLM" in capsys.readouterr().out
     with plainly():
         assert all(torch.equal(a, b) for a, b in zip(found, work()))
 
@@ -814,7 +814,7 @@ def test_a_model_whose_logits_depend_on_their_neighbours_gets_whole_rows(pad_lef
     found, _ = fast_path.hidden_states(model, ids, mask, wanted)
     own = model(input_ids=ids).logits.flatten(0, 1)
     assert (found - own).abs().max() < 1e-4
-    assert agreement.refused(model, "short head")
+    assert agreement.is_off(model, "short head")
 
 
 def test_hooks_on_the_plain_path_see_each_batch_once(pad_left, pad_right):

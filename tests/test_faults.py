@@ -304,7 +304,7 @@ def fault(group, act, seen, promise="", stopped=False):
 INPUT = "bad input"
 
 
-@fault(INPUT, "rows", r"train\.json, line 7: this is not valid JSON.*one JSON object a line")
+@fault(INPUT, "rows", r"train\.json, line 7: this is not valid JSON.*one JSON object per line")
 def broken_line(course):
     """line 7 of train.json ends in the middle"""
     lines = course.train.read_text().splitlines()
@@ -319,13 +319,13 @@ def list_cut_off(course):
     course.train.write_text(json.dumps(rows, indent=1)[:-30])
 
 
-@fault(INPUT, "critic", r"train\.json, line 5: the field 'chosen' is missing; there are: prompt")
+@fault(INPUT, "critic", r"train\.json, line 5: the field 'chosen' is missing; the row has prompt")
 def missing_field(course):
     """a row has only a prompt"""
     course.edit_row(5, chosen=None, rejected=None, response=None)
 
 
-@fault(INPUT, "critic", r"line 5: the field 'chosen' is missing; did you mean 'choosen'\?")
+@fault(INPUT, "critic", r"line 5: the field 'chosen' is missing; the row has 'choosen': rename it")
 def misnamed_field(course):
     """a row says "choosen" instead of "chosen\""""
     course.edit_row(5, chosen=None, choosen="yes")
@@ -350,37 +350,37 @@ def row_is_a_list(course):
     course.train.write_text("\n".join([*lines[:2], '["Human: Hi", "Hello"]', *lines[2:]]))
 
 
-@fault(INPUT, "rows", r"train\.json holds no rows: a file holds one JSON object a line")
+@fault(INPUT, "rows", r"train\.json contains no rows: write one JSON object per line")
 def empty_file(course):
     """train.json is empty"""
     course.train.write_bytes(b"")
 
 
-@fault(INPUT, "rows", r"train\.json holds no rows")
+@fault(INPUT, "rows", r"train\.json contains no rows")
 def blank_file(course):
     """train.json holds blank lines only"""
     course.train.write_text("\n  \n\n")
 
 
-@fault(INPUT, "rows", r"train\.json is not there: `python -m lab world`")
+@fault(INPUT, "rows", r"train\.json does not exist: run `python -m lab world`")
 def no_file(course):
     """train.json is not there"""
     course.train.unlink()
 
 
-@fault(INPUT, "eval rows", r"eval\.json is not there: `python -m lab world`")
+@fault(INPUT, "eval rows", r"eval\.json does not exist: run `python -m lab world`")
 def no_eval_file(course):
     """eval.json is not there"""
     course.evals.unlink()
 
 
-@fault(INPUT, "base", r"train\.json is not there: `python -m lab world`")
+@fault(INPUT, "base", r"train\.json does not exist: run `python -m lab world`")
 def no_file_for_the_base(course):
     """train.json is not there when 0_download begins"""
     course.train.unlink()
 
 
-@fault(INPUT, "critic", r"train\.json.*(must be a file you may read|is a directory|folder)")
+@fault(INPUT, "critic", r"train\.json.*(must be a file that you may read|is a directory|folder)")
 def folder_for_a_file(course):
     """a folder stands where train.json belongs"""
     course.train.unlink()
@@ -394,7 +394,7 @@ def unreadable_file(course):
     course.train.chmod(0)
 
 
-@fault(INPUT, "actor", r"line 4 \(the first of 2\): the field 'response' is empty: fill it")
+@fault(INPUT, "actor", r"line 4 \(the first of 2\): the field 'response' is empty: fill it in")
 def empty_answers(course):
     """two rows have an empty answer"""
     course.edit_row(4, response="")
@@ -420,19 +420,19 @@ def utf_16(course):
     course.train.write_bytes(course.train.read_text().encode("utf-16"))
 
 
-@fault(INPUT, "rows", r"line 2: there are NUL characters: remove them")
+@fault(INPUT, "rows", r"line 2: the text contains NUL characters: remove them")
 def nul_characters(course):
     """a prompt holds a NUL character"""
     course.edit_row(2, prompt="Hi\0there")
 
 
-@fault(INPUT, "rows", r"line 1: half a character, like \\ud800: remove it")
+@fault(INPUT, "rows", r"line 1: .* half of a surrogate pair, like \\ud800: remove it")
 def half_a_character(course):
     """an answer holds one half of a surrogate pair"""
     course.edit(course.train, '"chosen": "', '"chosen": "\\ud800')
 
 
-@fault(INPUT, "rows", r"line 1: NaN is no JSON: write null")
+@fault(INPUT, "rows", r"line 1: NaN is not valid JSON: write null")
 def nan_in_json(course):
     """a row holds NaN, which JSON does not know"""
     course.edit(course.train, '"kind": ', '"score": NaN, "kind": ')
@@ -465,7 +465,9 @@ def huge_prompt(course):
     course.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@fault(INPUT, "rows", r"reader = 'my_reader\.read' cannot be had: No module named 'my_reader'")
+@fault(
+    INPUT, "rows", r"reader = 'my_reader\.read' cannot be imported \(No module named 'my_reader'"
+)
 def no_reader(course):
     """the module of reader is not there"""
     course.changes |= dict(reader="my_reader.read")
@@ -486,7 +488,7 @@ def no_pairs_to_measure(course):
     course.evals.write_text("\n".join(lines))
 
 
-@fault(INPUT, "rows", r"preference_share = 0\.001 of 300 rows is none")
+@fault(INPUT, "rows", r"preference_share = 0\.001 of 300 rows gives no row")
 def share_without_rows(course):
     """the share of a stage is less than a row"""
     course.changes |= dict(preference_share=0.001)
@@ -522,9 +524,7 @@ def gamma_of_two(course):
     course.changes |= dict(gamma=2)
 
 
-@fault(
-    PARAMETERS, "parameters", r"sft_share = 0\.9 is impossible: .*shares must add up to at most 1"
-)
+@fault(PARAMETERS, "parameters", r"sft_share = 0\.9 is impossible: .*must add up to at most 1")
 def shares_above_one(course):
     """sft_share = 0.9 beside the other shares"""
     course.changes |= dict(sft_share=0.9)
@@ -596,7 +596,9 @@ def moment_that_never_decays(course):
     course.changes |= dict(beta1=1)
 
 
-@fault(PARAMETERS, "parameters", r"precision = 'half' is not known; known are float32, bf16, fp16")
+@fault(
+    PARAMETERS, "parameters", r"precision = 'half' is not known; choose from: float32, bf16, fp16"
+)
 def unknown_word(course):
     """precision = "half\""""
     course.changes |= dict(precision="half")
@@ -608,31 +610,33 @@ def groups_that_do_not_fill_a_rollout(course):
     course.changes |= dict(algorithm="grpo", answers=4)
 
 
-@fault(PARAMETERS, "parameters", r"answers = 1 is impossible: a group needs two")
+@fault(PARAMETERS, "parameters", r"answers = 1 is impossible: rloo .*needs at least 2")
 def group_of_one(course):
     """algorithm = "rloo" with one answer to a prompt"""
     course.changes |= dict(algorithm="rloo", answers=1)
 
 
-@fault(PARAMETERS, "rlhf", r"algorithm = 'gpro': did you mean 'grpo'\?")
+@fault(PARAMETERS, "rlhf", r"algorithm = 'gpro' is not known; did you mean 'grpo'\?")
 def misspelt_algorithm(course):
     """algorithm = "gpro\""""
     course.changes |= dict(algorithm="gpro")
 
 
-@fault(PARAMETERS, "rlhf", r"reward = 'model 2\*length' is not clear at '2\*length': write a sum")
+@fault(
+    PARAMETERS, "rlhf", r"reward = 'model 2\*length' cannot be parsed at '2\*length': write a sum"
+)
 def unclear_reward(course):
     """reward = "model 2*length\""""
     course.changes |= dict(reward="model 2*length")
 
 
-@fault(PARAMETERS, "rlhf", r"reward = 'lenght': did you mean 'length'\?")
+@fault(PARAMETERS, "rlhf", r"reward = 'lenght' is not known; did you mean 'length'\?")
 def misspelt_reward(course):
     """reward = "model - lenght\""""
     course.changes |= dict(reward="model - lenght")
 
 
-@fault(PARAMETERS, "rlhf", r"reward = 'my\.polite' cannot be had: No module named 'my'")
+@fault(PARAMETERS, "rlhf", r"reward = 'my\.polite' cannot be imported \(No module named 'my'")
 def reward_of_nobody(course):
     """reward = "my.polite", and there is no my.py"""
     course.changes |= dict(reward="my.polite")
@@ -715,9 +719,9 @@ for _name, _device in {
         course.changes |= dict(device=device)
 
     _inject.__doc__, _inject.__name__ = f'device = "{_device}"', f"device_{_name}"
-    fault(PARAMETERS, "device", rf"device = '{_device}' is not there: this machine has auto, cpu")(
-        _inject
-    )
+    fault(
+        PARAMETERS, "device", rf"device = '{_device}' is not available here; choose from: auto, cpu"
+    )(_inject)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -741,35 +745,51 @@ for _stage, _lost, _notebook in (
     _inject = without(_lost)
     _inject.__doc__ = f"the stage {_stage} is run before {_notebook}.ipynb"
     _inject.__name__ = f"{_stage}_too_early"
-    fault(ORDER, _stage, rf"model/{_lost} is not there yet: run {_notebook}\.ipynb first")(_inject)
+    fault(ORDER, _stage, rf"model/{_lost} does not exist yet: run {_notebook}\.ipynb first")(
+        _inject
+    )
 
 
-@fault(ORDER, "report", r"model/\w+ is not there yet: run \d_\w+\.ipynb first")
+@fault(ORDER, "report", r"model/\w+ does not exist yet: run \d_\w+\.ipynb first")
 def report_of_nothing(course):
     """4_test in a folder where nothing was made"""
     shutil.rmtree(course.model())
 
 
-@fault(ORDER, "rlhf", r"model/critic was made from another model/actor .* run 2_critic\.ipynb")
+@fault(
+    ORDER,
+    "rlhf",
+    r"model/critic was made from another version of model/actor.* run 2_critic\.ipynb",
+)
 def stale_critic(course):
     """1_actor was run again, 2_critic was not"""
     course.run("actor", actor_lr=3e-3)
 
 
-@fault(ORDER, "report", r"model/actor was made from another model/base .* run 1_actor\.ipynb")
+@fault(
+    ORDER, "report", r"model/actor was made from another version of model/base.* run 1_actor\.ipynb"
+)
 def stale_grandparent(course):
     """0_download was run again, nothing else was"""
     course.run("base", pretrain_lr=1e-3)
 
 
-@fault(ORDER, "critic", r"model/actor is damaged \(model\.safetensors\): run 1_actor\.ipynb again")
+@fault(
+    ORDER,
+    "critic",
+    r"model/actor is damaged \(model\.safetensors is missing or .*\): run 1_actor\.ipynb again",
+)
 def weights_cut(course):
     """model.safetensors of model/actor is cut in half"""
     path = course.model("actor", "model.safetensors")
     os.truncate(path, path.stat().st_size // 2)
 
 
-@fault(ORDER, "critic", r"model/actor is damaged \(model\.safetensors\): run 1_actor\.ipynb again")
+@fault(
+    ORDER,
+    "critic",
+    r"model/actor is damaged \(model\.safetensors is missing or .*\): run 1_actor\.ipynb again",
+)
 def weights_deleted(course):
     """model.safetensors of model/actor is deleted"""
     course.model("actor", "model.safetensors").unlink()
@@ -829,7 +849,7 @@ def record_without_preset(course):
 
 
 @fault(
-    ORDER, "critic", r"model/actor holds the result of 3_rlhf\.ipynb: move model/actor elsewhere"
+    ORDER, "critic", r"model/actor contains the result of 3_rlhf\.ipynb: move model/actor elsewhere"
 )
 def another_stage(course):
     """the folder of 3_rlhf was copied over model/actor"""
@@ -849,7 +869,7 @@ def foreign_model_is_read(course):
     course.model("base", "stage.json").unlink()
 
 
-@fault(ORDER, "base", r"model/base was not made by this course, and would be lost: move model/base")
+@fault(ORDER, "base", r"model/base was not made by this course and would be overwritten: move")
 def foreign_model_is_overwritten(course):
     """model/base is a Hugging Face folder from elsewhere, in the way of 0_download"""
     course.model("base", "stage.json").unlink()
@@ -866,46 +886,46 @@ def model_is_a_file(course):
     course.model().write_text("my notes")
 
 
-@fault(FILES, "base", r"A file stands where a folder belongs.*\(model\).*move it away")
+@fault(FILES, "base", r"A file is where a folder should be.*\(model\).*move it away")
 def file_for_a_folder(course):
     """a file stands where model/ belongs"""
     model_is_a_file(course)
 
 
-@fault(FILES, "command", r"A file stands where a folder belongs.*model.*move it away")
+@fault(FILES, "command", r"A file is where a folder should be.*model.*move it away")
 def file_for_a_folder_of_the_shell(course):
     """a file stands where model/ belongs, for python -m lab base"""
     model_is_a_file(course)
     course.line = "download"
 
 
-@fault(FILES, "actor", r"model/actor was not written.*A file stands where a folder belongs")
+@fault(FILES, "actor", r"model/actor was not written.*A file is where a folder should be")
 def file_for_the_unfinished(course):
     """a file stands where model/.actor.partial belongs"""
     course.model(".actor.partial").write_text("my notes")
 
 
-@fault(FILES, "command", r"A file stands where a folder belongs.*move it away")
+@fault(FILES, "command", r"A file is where a folder should be.*move it away")
 def file_for_the_world(course):
     """python -m lab world --out FILE"""
     Path("notes").write_text("my notes")
     course.line = "world --out notes"
 
 
-@fault(FILES, "actor", r"model/actor was not written\. There is no permission to write here.*model")
+@fault(FILES, "actor", r"model/actor was not written\. You have no permission to write here.*model")
 def no_permission(course):
     """the user may read model/, but not write there"""
     read_only(course)
 
 
-@fault(FILES, "command", r"There is no permission to write here.*model")
+@fault(FILES, "command", r"You have no permission to write here.*model")
 def no_permission_of_the_shell(course):
     """the user may not write to model/, for python -m lab actor"""
     read_only(course)
     course.line = "actor"
 
 
-@fault(FILES, "base", r"There is no permission to write here.*tokenizer")
+@fault(FILES, "base", r"You have no permission to write here.*tokenizer")
 def no_permission_for_the_tokenizer(course):
     """the user may not write to tokenizer/ when 0_download ends"""
     read_only(course)
@@ -913,26 +933,26 @@ def no_permission_for_the_tokenizer(course):
         path.chmod(0o777)
 
 
-@fault(FILES, "rlhf", r"model/rlhf was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "rlhf", r"model/rlhf was not written\. The disk is full.*free some space, then run")
 def full_while_checkpointing(course):
     """the disk is full when a checkpoint is written"""
     course.in_child = no_larger_than(100_000)
 
 
-@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*free some space, then run")
 def full_while_publishing(course):
     """the disk is full when the finished weights are written"""
     course.changes |= dict(checkpoint_minutes=60)
     course.in_child = no_larger_than(100_000)
 
 
-@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*free some space, then run")
 def full_while_logging(course):
     """the disk is full when the first metrics are written"""
     course.in_child = no_larger_than(16)
 
 
-@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*make room, then run this")
+@fault(FILES, "actor", r"model/actor was not written\. The disk is full.*free some space, then run")
 def full_at_the_last_file(course):
     """the disk is full when stage.json is written"""
     write = Path.write_text
@@ -945,13 +965,13 @@ def full_at_the_last_file(course):
     course.patch.setattr(Path, "write_text", full)
 
 
-@fault(FILES, "command", r"The disk is full.*make room")
+@fault(FILES, "command", r"The disk is full.*free some space")
 def full_while_writing_the_world(course):
     """the disk is full when python -m lab world writes"""
     course.in_child, course.line = no_larger_than(1_000), "world --set rows=50 --out new"
 
 
-@fault(FILES, "rlhf", r"Another run is writing model/rlhf: wait until it is done, or stop it")
+@fault(FILES, "rlhf", r"Another run is writing model/rlhf: wait until it has finished, or stop")
 def two_at_once(course):
     """3_rlhf is started while another 3_rlhf runs"""
     first = util.train_rlhf(course.cfg())
@@ -999,7 +1019,11 @@ def changed_parameter(course):
 
 
 @fault(
-    KEPT, "rlhf", r"step 2, and the file train\.json has changed since.*Change it back", "", True
+    KEPT,
+    "rlhf",
+    r"step 2, and the file train\.json has changed since then.*change that back",
+    "",
+    True,
 )
 def changed_data(course):
     """train.json is changed before a stopped run is started again"""
@@ -1007,14 +1031,14 @@ def changed_data(course):
         file.write(course.train.read_text().splitlines()[0] + "\n")
 
 
-@fault(KEPT, "rlhf", r"step 2, and the input (actor|critic) has changed since", stopped=True)
+@fault(KEPT, "rlhf", r"step 2, and the input (actor|critic) has changed since then", stopped=True)
 def changed_input(course):
     """actor and critic are made anew before a stopped 3_rlhf is started again"""
     course.run("actor", actor_lr=3e-3)
     course.run("critic")
 
 
-@fault(KEPT, "rlhf", r"going on although the parameter gamma has changed from", "on", True)
+@fault(KEPT, "rlhf", r"resuming although the parameter gamma has changed from", "on", True)
 def changed_on_purpose(course):
     """the same, with resume_changed = True"""
     course.changes |= dict(gamma=0.5, resume_changed=True)
@@ -1026,38 +1050,44 @@ def started_afresh(course):
     course.changes |= dict(gamma=0.5, resume=False)
 
 
-@fault(KEPT, "rlhf", r"going on after step 2 of 3, where a run was stopped", "bits", True)
+@fault(KEPT, "rlhf", r"resuming the interrupted run after step 2 of 3", "bits", True)
 def stopped_run(course):
     """a stopped run is started again"""
 
 
-@fault(KEPT, "rlhf", r"going on after step 2 of 3, where a run was stopped", "bits", True)
+@fault(KEPT, "rlhf", r"resuming the interrupted run after step 2 of 3", "bits", True)
 def moved_course(course):
     """the folder of the course is named in another way before the run is started again"""
     course.changes |= dict(root=str(course.root))
 
 
-@fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
+@fault(KEPT, "rlhf", r"step-00000002 is damaged; resuming from step-00000001 instead", "bits", True)
 def newest_checkpoint_cut(course):
     """the weights of the newest checkpoint are cut in half"""
     path = course.checkpoint() / "model-0.safetensors"
     os.truncate(path, path.stat().st_size // 2)
 
 
-@fault(KEPT, "rlhf", r"the checkpoints of a stopped run are damaged; starting afresh", "bits", True)
+@fault(
+    KEPT,
+    "rlhf",
+    r"all checkpoints of the interrupted run are damaged; starting afresh",
+    "bits",
+    True,
+)
 def all_checkpoints_cut(course):
     """the weights of every checkpoint are cut in half"""
     for folder in (course.checkpoint(0), course.checkpoint(1)):
         os.truncate(folder / "model-0.safetensors", 1_000)
 
 
-@fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
+@fault(KEPT, "rlhf", r"step-00000002 is damaged; resuming from step-00000001 instead", "bits", True)
 def empty_note(course):
     """note.json of the newest checkpoint is empty"""
     (course.checkpoint() / "note.json").write_text("")
 
 
-@fault(KEPT, "rlhf", r"step-00000002 is damaged; step-00000001 is whole and is taken", "bits", True)
+@fault(KEPT, "rlhf", r"step-00000002 is damaged; resuming from step-00000001 instead", "bits", True)
 def note_of_another_shape(course):
     """note.json of the newest checkpoint holds an empty plan"""
     course.edit_json(course.checkpoint() / "note.json", plan={})
@@ -1077,20 +1107,32 @@ def checkpoint_weights_are_garbage(course):
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
-@fault(KEPT, "rlhf", r"the checkpoints of a stopped run are damaged; starting afresh", "bits", True)
+@fault(
+    KEPT,
+    "rlhf",
+    r"all checkpoints of the interrupted run are damaged; starting afresh",
+    "bits",
+    True,
+)
 def metrics_lost(course):
     """the metrics of the stopped run are deleted"""
     course.model(".rlhf.partial", "metrics.jsonl").unlink()
 
 
-@fault(KEPT, "rlhf", r"the checkpoints of a stopped run are damaged; starting afresh", "bits", True)
+@fault(
+    KEPT,
+    "rlhf",
+    r"all checkpoints of the interrupted run are damaged; starting afresh",
+    "bits",
+    True,
+)
 def metrics_are_garbage(course):
     """the metrics of the stopped run are noise of the same size"""
     path = course.model(".rlhf.partial", "metrics.jsonl")
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
-@fault(KEPT, "rlhf", r"going on after step 1 of 3, where a run was stopped", "bits")
+@fault(KEPT, "rlhf", r"resuming the interrupted run after step 1 of 3", "bits")
 def killed_while_saving(course):
     """3_rlhf was killed in the middle of its second checkpoint"""
     write, calls = checkpoints.write, []
@@ -1115,27 +1157,35 @@ def killed_while_saving(course):
 MODELS = "hub and models"
 
 
-@fault(MODELS, "base", r"nobody/nothing will not load \(.*(offline|connect|cached).*base_model")
+@fault(MODELS, "base", r"nobody/nothing does not load \(.*(offline|connect|cached).*base_model")
 def model_nobody_has(course):
     """base_model = "nobody/nothing", fallback = False"""
     course.changes |= dict(base_model="nobody/nothing", fallback=False)
 
 
 @fault(
-    MODELS, "choose", r"nobody/nothing will not load \(.+\)\..* So the embedded tiny model", "on"
+    MODELS,
+    "choose",
+    r"nobody/nothing does not load \(.+\)\..* So this run trains the embedded tiny model",
+    "on",
 )
 def model_nobody_has_with_fallback(course):
     """base_model = "nobody/nothing\""""
     course.changes |= dict(base_model="nobody/nothing")
 
 
-@fault(MODELS, "choose", r"facebook/opt-125m will not load \(.+\)\..* So the embedded tiny", "on")
+@fault(
+    MODELS,
+    "choose",
+    r"facebook/opt-125m does not load \(.+\)\..* So this run trains the embedded tiny",
+    "on",
+)
 def hub_is_down(course):
     """there is a GPU, but no network"""
     course.patch.setattr("lab.models.find_device", lambda name: torch.device("cuda"))
 
 
-@fault(MODELS, "base", r"mine will not load \(.*no file named model\.safetensors.*\)")
+@fault(MODELS, "base", r"mine does not load \(.*no file named model\.safetensors.*\)")
 def pickle_only(course):
     """base_model is a folder whose weights are a pickle"""
     folder = course.mine()
@@ -1144,7 +1194,7 @@ def pickle_only(course):
 
 
 @fault(
-    MODELS, "base", r"mine will not load: it lacks 1 weights, like model\.decoder\.layers\.0\.fc1"
+    MODELS, "base", r"mine does not load: its files lack the weight model\.decoder\.layers\.0\.fc1"
 )
 def some_weights_lacking(course):
     """base_model lacks a layer's weights"""
@@ -1154,7 +1204,7 @@ def some_weights_lacking(course):
     save_file(weights, path, {"format": "pt"})
 
 
-@fault(MODELS, "base", r"mine will not load.*model\.decoder\.layers\.0\.fc1\.weight.*(size|shape)")
+@fault(MODELS, "base", r"mine does not load.*model\.decoder\.layers\.0\.fc1\.weight.*(size|shape)")
 def weights_of_another_shape(course):
     """base_model has a layer of another shape"""
     path = course.mine() / "model.safetensors"
@@ -1163,13 +1213,13 @@ def weights_of_another_shape(course):
     save_file(weights, path, {"format": "pt"})
 
 
-@fault(MODELS, "base", r"mine will not load \(.*mine/config\.json' is not a valid JSON file")
+@fault(MODELS, "base", r"mine does not load \(.*mine/config\.json' is not a valid JSON file")
 def broken_model_config(course):
     """config.json of base_model is broken"""
     (course.mine() / "config.json").write_text('{"model_type": "opt",')
 
 
-@fault(MODELS, "base", r"(The tokenizer in mine|mine will not load).*(knows|tokenizer)")
+@fault(MODELS, "base", r"(The tokenizer in mine|mine does not load).*(vocabulary|tokenizer)")
 def no_tokenizer(course):
     """base_model has no tokenizer"""
     folder = course.mine()
@@ -1177,7 +1227,7 @@ def no_tokenizer(course):
     (folder / "tokenizer_config.json").unlink()
 
 
-@fault(MODELS, "base", r"tokenizer .* knows \d+ tokens, its model only \d+: they do not belong")
+@fault(MODELS, "base", r"tokenizer .* has \d+ tokens, but its model only \d+: they do not belong")
 def tokenizer_too_large(course):
     """the tokenizer of base_model knows more tokens than its model embeds"""
     words = (" ".join(f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl") for c in "mnopqrstuvwxyz")
@@ -1199,20 +1249,22 @@ def tokenizer_without_eos(course):
     course.edit_json(course.mine() / "tokenizer_config.json", eos_token=None)
 
 
-@fault(MODELS, "base", r"max_prompt \+ max_new_tokens = 212, but \S+ reads 128 tokens at most")
+@fault(MODELS, "base", r"max_prompt \+ max_new_tokens = 212, but \S+ reads at most 128 tokens")
 def model_reads_too_little(course):
     """base_model reads fewer tokens than max_prompt + max_new_tokens"""
     course.mine()
     course.changes |= dict(max_prompt=200)
 
 
-@fault(MODELS, "actor", r"max_prompt \+ max_new_tokens = 212, but model/base reads 128 tokens at")
+@fault(
+    MODELS, "actor", r"max_prompt \+ max_new_tokens = 212, but model/base reads at most 128 tokens"
+)
 def base_reads_too_little(course):
     """max_prompt = 200 for a base that reads 128 tokens"""
     course.changes |= dict(max_prompt=200)
 
 
-@fault(MODELS, "base", r"dataset will not load \(Unrecognized model in dataset")
+@fault(MODELS, "base", r"dataset does not load \(Unrecognized model in dataset")
 def folder_without_a_model(course):
     """base_model is a folder without a model"""
     course.changes |= dict(base_model="dataset", fallback=False)
@@ -1224,13 +1276,17 @@ def folder_without_a_model(course):
 TRAINING = "training trouble"
 
 
-@fault(TRAINING, "rlhf", r"The reward must give a finite number for each of 6 answers; it gave 5")
+@fault(
+    TRAINING,
+    "rlhf",
+    r"The reward must return a finite number for each of \d answers; it returned \d",
+)
 def reward_too_few(course):
     """a reward of one's own forgets an answer"""
     course.reward = lambda prompts, responses: [0.0] * (len(responses) - 1)
 
 
-@fault(TRAINING, "rlhf", r"each of 6 answers; it gave 6, of which 5 are finite")
+@fault(TRAINING, "rlhf", r"each of \d answers; it returned \d numbers, \d of them finite")
 def reward_of_nan(course):
     """a reward of one's own is NaN once"""
     course.reward = lambda prompts, responses: [float("nan"), *range(len(responses) - 1)]
@@ -1266,7 +1322,7 @@ def three_losses_are_nan(course):
     course.spoil(2, 3, 4)
 
 
-@fault(TRAINING, "actor", r"going on although the parameter actor_lr has changed from 0.001", "on")
+@fault(TRAINING, "actor", r"resuming although the parameter actor_lr has changed from 0.001", "on")
 def after_three_losses(course):
     """after three such steps: a lower rate and resume_changed = True"""
     with course.patch.context() as patch:
@@ -1275,21 +1331,21 @@ def after_three_losses(course):
     course.changes |= dict(actor_lr=1e-4, resume_changed=True)
 
 
-@fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once; the result is", "figures")
+@fault(TRAINING, "rlhf", r"memory ran out: continuing with 2 rows at once, same result", "figures")
 def no_memory_for_an_update(course):
     """memory ends in an update of 3_rlhf with more than 2 rows"""
     course.tight("ppo_minibatch_loss", 2, 3)
 
 
 @fault(
-    TRAINING, "critic", r"memory ran out: going on with 6 rows at once; the result is", "figures"
+    TRAINING, "critic", r"memory ran out: continuing with 6 rows at once, same result", "figures"
 )
 def no_memory_for_pairs(course):
     """memory ends in an update of 2_critic with more than 6 pairs"""
     course.tight("critic_loss", 6, 3)
 
 
-@fault(TRAINING, "rlhf", r"memory ran out: going on with 2 rows at once", "figures")
+@fault(TRAINING, "rlhf", r"memory ran out: continuing with 2 rows at once", "figures")
 def no_memory_for_a_rollout(course):
     """memory ends in a rollout with more than 2 rows"""
     course.tight("decode", 2, 1)
@@ -1307,13 +1363,13 @@ def no_memory_for_the_test(course):
     course.tight("encode_prompts", 0, 1)
 
 
-@fault(TRAINING, "rlhf", r"KL is \S+ nats an answer, beyond kl_limit = 1e-06: the policy has", "on")
+@fault(TRAINING, "rlhf", r"KL is \S+ nats per answer, above kl_limit = 1e-06: the policy is", "on")
 def beyond_kl_limit(course):
     """KL is above kl_limit"""
     course.changes |= dict(kl_limit=1e-6, policy_lr=1e-2, kl_estimator="k3")
 
 
-@fault(TRAINING, "rlhf", r"KL is \S+ nats.*The run stopped, as stop_on_alert = True asks")
+@fault(TRAINING, "rlhf", r"KL is \S+ nats.*The run stopped because stop_on_alert = True")
 def beyond_kl_limit_and_stopped(course):
     """KL is above kl_limit, with stop_on_alert = True"""
     calls = []
@@ -1327,7 +1383,7 @@ def beyond_kl_limit_and_stopped(course):
     course.changes |= dict(kl_limit=1e-3, policy_lr=1e-2, whiten=False, stop_on_alert=True)
 
 
-@fault(TRAINING, "rlhf", r"100% of the answers are empty\. Is the reward paid for saying", "on")
+@fault(TRAINING, "rlhf", r"100% of the answers are empty\. Raise kl_coef, and check", "on")
 def nothing_but_eos(course):
     """every answer is empty"""
     course.every_token(torch.ones_like)
@@ -1355,7 +1411,7 @@ class Evil:
 CODE = "from pathlib import Path\nPath('executed').touch()\n"
 
 
-@fault(SECURITY, "base", r"mine will not load \(.*no file named model\.safetensors.*\)")
+@fault(SECURITY, "base", r"mine does not load \(.*no file named model\.safetensors.*\)")
 def evil_weights(course):
     """the pickled weights of base_model hold code"""
     folder = course.mine()
@@ -1374,7 +1430,7 @@ def evil_chat_template(course):
     (course.mine() / "chat_template.jinja").write_text(text)
 
 
-@fault(SECURITY, "base", r"mine will not load: trust_remote_code = True runs the code")
+@fault(SECURITY, "base", r"mine does not load, because it needs Python code")
 def evil_model_code(course):
     """base_model brings a Python file for its model"""
     folder = course.mine()

@@ -196,7 +196,7 @@ SMALL = dict(
     norm_answers=2, max_new_tokens=10, rollout=4, minibatch=2, ppo_epochs=1, steps=2, dpo_batch=16,
     test_rows=8, best_of=2, best_of_rows=4, answers=1,
 )  # fmt: skip
-NO_PAIRS = "CourseError: .*train.json, line 1 .*: the field 'chosen' is missing; there are: prompt"
+NO_PAIRS = "CourseError: .*train.json, line 1 .*: the field 'chosen' is missing; the row has prompt"
 NO_MODEL = "CourseError: .*3_rlhf.ipynb"
 
 

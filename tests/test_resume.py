@@ -119,7 +119,7 @@ def test_killed_after_a_checkpoint_it_goes_on_from_there(stage, finished, begin,
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     history = train(folder, stage)
-    assert f"{stage}: going on after step" in capsys.readouterr().out
+    assert f"{stage}: resuming the interrupted run after step" in capsys.readouterr().out
     assert [row["step"] for row in history] == list(range(1, len(history) + 1)), "curves are whole"
     assert result(folder, stage) == result(finished[0], stage)
 
@@ -208,7 +208,7 @@ def test_killed_in_the_last_save_it_goes_on(stage, share, unstopped, begin, monk
     }
     assert left == folders if share == 1 else left <= folders
     train(folder, stage, **changes)
-    assert f"{stage}: going on after step" in capsys.readouterr().out
+    assert f"{stage}: resuming the interrupted run after step" in capsys.readouterr().out
     assert result(folder, stage) == expected
 
 

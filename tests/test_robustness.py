@@ -471,7 +471,7 @@ def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
     cfg = util.Config("smoke", max_prompt=6, max_new_tokens=4)
     checks.warn_about_texts(said.append, tokenizer, [*ROWS, ROWS[0]], ["response"], cfg)
     prompts = [len(tokenizer(row["prompt"])["input_ids"]) > 6 for row in [*ROWS, ROWS[0]]]
-    assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "front" in said[0]
+    assert said[0].startswith(f"{sum(prompts)} of 9 texts in 'prompt'") and "beginning" in said[0]
     assert "max_new_tokens" in said[1] and "end" in said[1]
     assert said[2].startswith("1 of 9 rows are copies")
     roomy = util.Config("smoke", max_prompt=500, max_new_tokens=500)
@@ -481,5 +481,5 @@ def test_texts_that_are_cut_and_rows_that_repeat_are_counted(tokenizer):
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "my gpu"])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
-    with pytest.raises(CourseError, match=f"device = '{name}' is not there.*cpu"):
+    with pytest.raises(CourseError, match=f"device = '{name}' is not available here.*cpu"):
         util.pick_device(util.Config("smoke", device=name))

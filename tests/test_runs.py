@@ -343,7 +343,7 @@ def test_an_artifact_that_is_replaced_while_it_is_read_is_read_anew(course, monk
 def test_whoever_is_missing_is_missed_at_once_although_a_run_has_begun(tmp_path):
     with Stage(tmp_path, "base", {}):
         start = time.perf_counter()
-        with pytest.raises(CourseError, match="model/base is not there yet"):
+        with pytest.raises(CourseError, match="model/base does not exist yet"):
             artifact(tmp_path, "base")
         assert time.perf_counter() - start < 5
 
@@ -603,7 +603,7 @@ def test_a_checkpoint_that_cannot_be_loaded_says_what_to_do(tmp_path, harm):
 
 def test_a_stop_in_the_last_step_loses_nothing(tmp_path):
     run = train(tmp_path, 2, each=lambda step: step == 1 and os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match="base was complete when it was stopped"):
+    with pytest.raises(KeyboardInterrupt, match="base was already complete when you stopped it"):
         list(run)
     assert artifact(tmp_path, "base")
 

@@ -163,7 +163,7 @@ def take(model, **changes):
 
 def refused(model):
     """What is said when a model is not taken; tiny takes its place."""
-    with pytest.raises(CourseError, match="will not load") as error:
+    with pytest.raises(CourseError, match="does not load") as error:
         take(model, fallback=False)
     source, why = take(model)
     assert source == "tiny" and str(model) in why
@@ -230,7 +230,7 @@ OWN = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evi
 def test_the_code_of_an_unknown_model_is_not_run(model, script, marker):
     (model / "modeling_evil.py").write_text(script)
     change(model / "config.json", auto_map=OWN, model_type="evil")
-    assert "trust_remote_code = True runs the code" in refused(model)
+    assert "needs Python code that comes with the model" in refused(model)
     assert not marker.exists()
 
 
