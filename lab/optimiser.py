@@ -43,7 +43,7 @@ class Optimiser:
         self.sizes = {"rollout_batch": cfg.rollout, "longest": -1}
         self.sizes |= {"micro_batch": cfg.micro_batch or batch}
         self.state = {"skipped": 0, "in_a_row": 0} | self.sizes
-        fp16, device = models.precision(cfg) == "fp16", self.models[0].device.type
+        fp16, device = models.precision(cfg) == "fp16", self.device.type
         # Losses are sums here, so torch's own scale of 2**16 would overflow fp16.
         self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=fp16)
         self.adamw = torch.optim.AdamW(
@@ -76,6 +76,10 @@ class Optimiser:
         self.apply(all(map(math.isfinite, [stats["loss"], *norms])), int(progress) + 1)
         figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
         return stats | figures | {"skipped": self.state["skipped"]}
+
+    @property
+    def device(self):
+        return next(self.models[0].parameters()).device
 
     def schedule(self, progress):
         """The learning rate as a share of its peak: linear warm-up, then a cosine to the floor."""
@@ -145,8 +149,7 @@ class Optimiser:
 
     def room(self):
         """Bytes for one piece. Found once, so that a resumed run uses the same pieces."""
-        device = next(self.models[0].parameters()).device
-        asked = [self.cfg.memory, self.cfg.micro_batch, str(device)]
+        asked = [self.cfg.memory, self.cfg.micro_batch, str(self.device)]
         if self.state.get("asked") != asked:
             every = (*self.models, *self.frozen)
             found = {"asked": asked, "room": memory.room(self.cfg.memory, every, self.models)}
@@ -175,7 +178,7 @@ class Optimiser:
 
     def leave(self):
         """What to do when one row is too much for a GPU; None where that is an error."""
-        gpu = next(self.models[0].parameters()).device.type != "cpu"
+        gpu = self.device.type != "cpu"
         return self.leave_gpu if gpu and self.cfg.cpu_fallback else None
 
     def leave_gpu(self):
