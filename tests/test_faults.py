@@ -480,7 +480,7 @@ def trained_rows_in_eval(course):
     course.evals.write_text("\n".join([*lines[:2], known[5], known[6], *lines[2:]]))
 
 
-@fault(INPUT, "judge", r"eval\.json needs rows with chosen and rejected")
+@fault(INPUT, "judge", r"no row of eval\.json has both chosen and rejected\. Add pairs")
 def no_pairs_to_measure(course):
     """eval.json has prompts only"""
     rows = [json.loads(line) for line in course.evals.read_text().splitlines()]
@@ -1310,7 +1310,7 @@ def reward_that_raises(course):
     course.reward = lambda prompts, responses: [{}["score"] for _ in responses]
 
 
-@fault(TRAINING, "actor", r"step 2: a loss or gradient is no finite number; this update was", "on")
+@fault(TRAINING, "actor", r"step 2: the loss or a gradient is not finite; this update was", "on")
 def one_loss_is_nan(course):
     """the loss is NaN in one step"""
     course.spoil(2)
