@@ -1,4 +1,4 @@
-# Python 3.11 or newer is all that is needed; another one than python3: make PYTHON=python3.12 ...
+# You need Python 3.11 or newer. To use one that is not called python3: make PYTHON=python3.12 ...
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
@@ -7,51 +7,51 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .PHONY: help course record lab test test-machines lint bench clean lock
 
-help:  ## this list
+help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
-course: $(VENV)/.installed  ## all five notebooks, headless: make course ARGS="--set seed=1"
+course: $(VENV)/.installed  ## run all five notebooks headless: make course ARGS="--set seed=1"
 	$(BIN)/python -m lab course $(ARGS)
 
-record: course  ## run the course and keep its outputs in the committed notebooks
+record: course  ## run the course and store its outputs in the committed notebooks
 	$(BIN)/python -m lab.record
 
-lab: $(VENV)/.installed  ## the notebooks in a browser
+lab: $(VENV)/.installed  ## open the notebooks in a browser
 	$(BIN)/jupyter lab $(ARGS)
 
-test: $(VENV)/.installed  ## the tests, on two cores: make test ARGS="-k gae"
+test: $(VENV)/.installed  ## run the tests on two cores: make test ARGS="-k gae"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-machines: $(VENV)/.installed  ## the slow tests, then all others as on other processors
+test-machines: $(VENV)/.installed  ## run the slow tests, then all others as on other processors
 	$(BIN)/python tests/machines.py $(ARGS)
 
-lint: $(VENV)/.installed  ## style and format of code and notebooks
+lint: $(VENV)/.installed  ## check style and format of code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed  ## speed, memory and growth; against TRL too where bench/.peers is there
+bench: $(VENV)/.installed  ## measure speed, memory and growth; TRL too if bench/.peers exists
 	$(BIN)/python bench/generation.py $(ARGS)
 	$(BIN)/python bench/scoring.py $(ARGS)
 	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/peak.py $(ARGS)
 	@if [ -d bench/.peers ]; then $(BIN)/python bench/peers.py $(ARGS); else echo \
-	 "Against TRL: $(BIN)/python bench/peers.py --install bench/.peers, then make bench again."; fi
+	 "To add TRL: $(BIN)/python bench/peers.py --install bench/.peers, then make bench again."; fi
 
 clean:  ## remove model/ and tokenizer/
 	rm -rf model tokenizer
 
-lock:  ## write requirements.txt anew from pyproject.toml (needs uv)
+lock:  ## rewrite requirements.txt from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 		--quiet --no-annotate --custom-compile-command "make lock" --output-file requirements.txt
 
-# Only a finished install leaves the stamp; a broken one starts over.
+# Only a finished install creates this stamp file, so a broken install starts over.
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c '' || { echo "$(PYTHON) does not run: install Python 3.11 or newer, or name\
+	@$(PYTHON) -c '' || { echo "$(PYTHON) does not run. Install Python 3.11 or newer, or name\
 	 yours: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too\
-	 old: Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3"; exit 1; }
+	 old. You need Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual\
-	 environments: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	 environments. Install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@

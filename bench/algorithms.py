@@ -1,9 +1,10 @@
-"""Every algorithm on the embedded world, for several seeds of the whole course.
+"""Trains every algorithm on the embedded world, for several seeds of the whole course.
 
     python bench/algorithms.py --seeds 0 1 2 --out docs/algorithms.json
 
 Each seed trains base, actor and reward models once, in a folder of its own. Every contender starts
-from there. The judge scores its answers to the eval rows, sampled at temperature 1 and greedy.
+from these models. The judge scores its answers to the eval rows, sampled at temperature 1 and
+greedy.
 `python -m lab.record` turns the JSON file into the tables of README.md and docs/algorithms.md.
 """
 
@@ -38,7 +39,8 @@ CONTENDERS = {
 }
 
 
-def drain(steps):
+def train_and_time(steps):
+    """Runs a training loop to its end; returns the seconds that it took."""
     start = time.perf_counter()
     for _ in steps:
         pass
@@ -46,15 +48,15 @@ def drain(steps):
 
 
 def crew_of(cfg, name):
-    """A finished model to evaluate; its reward is the first reward model alone."""
+    """A trained model to evaluate. Only the first reward model gives its reward."""
     tokenizer, model = util.load_pair(cfg, name)
     _, reference = util.load_pair(cfg, "actor")
     reward = util.RewardModel(util.artifact(cfg.root, "critic"), cfg)
     return util.Crew(tokenizer, model, reference, reward)
 
 
-def judged(cfg, name, rows):
-    """The summary of a finished model's answers, sampled and greedy."""
+def evaluate_stage(cfg, name, rows):
+    """The summary of a trained model's answers, sampled and greedy."""
     crew = crew_of(cfg, name)
     sampled, greedy = (
         util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test"), temperature=temperature)
@@ -64,13 +66,14 @@ def judged(cfg, name, rows):
 
 
 def critic_accuracy(cfg, rows):
+    """The accuracy of the reward model on the pairs of these rows."""
     folder = util.artifact(cfg.root, "critic")
     critic, tokenizer = util.load_scorer(folder, cfg), util.load_tokenizer(folder, cfg)
     pairs = pd.DataFrame(util.evaluate_critic(critic, tokenizer, rows, cfg))
     return report.critic_summary(pairs)["accuracy"]
 
 
-def line(seed, name, summary, seconds):
+def format_line(seed, name, summary, seconds):
     judge, greedy = summary["judge"], summary["judge_greedy"]
     kinds = {kind: round(mean, 2) for kind, mean in judge["kinds"].items()}
     greedy = f"{greedy['mean']:.3f}" if greedy else "    -"
@@ -82,39 +85,45 @@ def line(seed, name, summary, seconds):
 
 
 def one_seed(seed, folder, rows, contenders):
-    """Trains what all have in common, then each contender; yields name, summary, seconds."""
+    """Trains the shared models, then each contender; yields (name, summary, seconds)."""
     (folder / "dataset").symlink_to(ROOT / "dataset")
 
     def cfg(**values):
         return util.Config("tiny", root=str(folder), seed=seed, **values)
 
-    seconds = drain(util.train_base(cfg())) + drain(util.train_actor(cfg()))
+    seconds = train_and_time(util.train_base(cfg())) + train_and_time(util.train_actor(cfg()))
     print(f"seed {seed}  base and actor: {seconds:.0f} s", flush=True)
     for ensemble in (1, 3):
         group = [name for name in contenders if ("reward models" in name) == (ensemble == 3)]
         if group:
-            took = drain(util.train_critic(cfg(ensemble=ensemble)))
+            took = train_and_time(util.train_critic(cfg(ensemble=ensemble)))
             print(f"seed {seed}  {ensemble} reward model(s): {took:.0f} s", flush=True)
             if ensemble == 1:
                 print(f"seed {seed}  critic: {critic_accuracy(cfg(), rows):.3f} of the pairs")
                 for stage in ("base", "actor"):
-                    yield stage, judged(cfg(), stage, rows), 0.0
+                    yield stage, evaluate_stage(cfg(), stage, rows), 0.0
                 rng = util.rng_for(cfg(), "best")
                 best = util.best_of(crew_of(cfg(), "actor"), rows, cfg(), rng)
                 yield f"best of {cfg().best_of}", report.summarise(best), 0.0
         for name in group:
             shutil.rmtree(folder / "model" / "rlhf", ignore_errors=True)
             values = cfg(**CONTENDERS[name])
-            took = drain(util.train_rlhf(values))
-            yield name, judged(values, "rlhf", rows), took
+            took = train_and_time(util.train_rlhf(values))
+            yield name, evaluate_stage(values, "rlhf", rows), took
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--rows", type=int, default=1_000)
-    parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(CONTENDERS),
+        choices=list(CONTENDERS),
+        help="contenders to train; default: all",
+    )
+    parser.add_argument("--rows", type=int, default=1_000, help="eval rows; default: 1000")
+    parser.add_argument("--out", type=Path, help="write all figures to this file as JSON")
     args = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -122,7 +131,7 @@ def main():
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             for name, summary, seconds in one_seed(seed, Path(folder), rows, args.only):
-                print(line(seed, name, summary, seconds), flush=True)
+                print(format_line(seed, name, summary, seconds), flush=True)
                 figures = {"judge": summary["judge"]["mean"], "KL": summary["kl"]}
                 figures |= {"kinds": summary["judge"]["kinds"]}
                 if greedy := summary["judge_greedy"]:

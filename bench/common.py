@@ -1,4 +1,4 @@
-"""What the benches share: models, lengths, timing in turns, memory, arithmetic, tables."""
+"""Shared by all benchmarks: models, rows, interleaved timing, memory, arithmetic and tables."""
 
 import argparse
 import gc
@@ -35,8 +35,8 @@ SHAPES = {
 # Models and rows
 
 
-def shape_of(name, **changes):
-    """The config of a shape; dropout is 0 unless asked for, ffn is four times the width."""
+def opt_config(name, **changes):
+    """The OPT config of a shape, with dropout 0 by default and an FFN of four times the width."""
     values = SHAPES[name] | changes
     width = values["hidden_size"]
     more = dict(ffn_dim=4 * width, word_embed_proj_dim=width, dropout=0.0)
@@ -45,10 +45,10 @@ def shape_of(name, **changes):
 
 
 def language_model(name, **changes):
-    """Random weights, under which neither eos nor padding is ever sampled."""
+    """A causal model with random weights that never samples eos or padding."""
     torch.manual_seed(0)
-    model = OPTForCausalLM(shape_of(name, **changes)).eval()
-    with torch.no_grad():  # one feature is always on, and these two tokens are against it
+    model = OPTForCausalLM(opt_config(name, **changes)).eval()
+    with torch.no_grad():  # feature 0 is always on, and it makes the logits of both tokens very low
         model.model.decoder.final_layer_norm.bias[0] = 10
         rows = model.get_input_embeddings().weight
         rows[[PAD, EOS]] = 0
@@ -57,13 +57,13 @@ def language_model(name, **changes):
 
 
 def scorer(name, **changes):
-    """The same body under a head that gives one number."""
+    """The same body with a head that gives one number: a reward model or a value model."""
     torch.manual_seed(1)
-    return OPTForSequenceClassification(shape_of(name, num_labels=1, **changes)).eval()
+    return OPTForSequenceClassification(opt_config(name, num_labels=1, **changes)).eval()
 
 
 def number_tokenizer(vocabulary):
-    """Each word is a number, and the number is its id: texts of any wanted length."""
+    """A tokenizer whose words are the ids, so that a text can have any number of tokens."""
     words = {"<pad>": PAD, "</s>": EOS} | {str(i): i for i in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -71,33 +71,34 @@ def number_tokenizer(vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def skewed(rng, low, mean, high):
-    """A length between low and high with a long tail, as the lengths of texts have."""
+def long_tailed_length(rng, low, mean, high):
+    """A random length from low to high with a long tail, like the lengths of real texts."""
     return min(high, low + round(rng.gammavariate(2, (mean - low) / 2)))
 
 
 def prompt_length(rng):
-    """Of text-to-SQL prompts: 25 to 125 tokens, 48 on average."""
-    return skewed(rng, 25, 48, 125)
+    """The length of a text-to-SQL prompt: 25 to 125 tokens, 48 on average."""
+    return long_tailed_length(rng, 25, 48, 125)
 
 
 def answer_length(rng):
-    """Of their answers: 5 to 125 tokens, 24 on average."""
-    return skewed(rng, 5, 24, 125)
+    """The length of an answer to such a prompt: 5 to 125 tokens, 24 on average."""
+    return long_tailed_length(rng, 5, 24, 125)
 
 
-def text(rng, length, vocabulary):
+def random_text(rng, length, vocabulary):
+    """A text of exactly `length` tokens for `number_tokenizer`."""
     return " ".join(str(rng.randrange(2, vocabulary)) for _ in range(length))
 
 
-def written(seed, count, vocabulary):
-    """Rows with prompt, response, chosen, rejected, of the lengths above."""
+def random_rows(seed, count, vocabulary):
+    """Rows with prompt, response, chosen and rejected, with the lengths above."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        row = {"prompt": text(rng, prompt_length(rng), vocabulary)}
+        row = {"prompt": random_text(rng, prompt_length(rng), vocabulary)}
         for name in ("response", "chosen", "rejected"):
-            row[name] = text(rng, answer_length(rng), vocabulary)
+            row[name] = random_text(rng, answer_length(rng), vocabulary)
         rows.append(row)
     return rows
 
@@ -106,44 +107,48 @@ def written(seed, count, vocabulary):
 # Time and memory
 
 
-def in_turns(contenders, rounds, warm=1):
-    """{name: seconds of each round}. A round runs each once, every other round in reverse order."""
+def time_interleaved(contenders, rounds, warmup=1):
+    """Times functions against each other; returns {name: seconds of each round}.
+
+    A round runs each function once; every other round runs in reverse order. The warm-up rounds are
+    not counted.
+    """
     seconds = {name: [] for name in contenders}
-    for i in range(warm + rounds):
+    for i in range(warmup + rounds):
         for name in list(contenders)[:: 1 if i % 2 else -1]:
             gc.collect()
             start = time.perf_counter()
             contenders[name]()
-            if i >= warm:
+            if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def ratios(above, below):
-    """Round by round, so that what slows a whole round cancels out."""
-    return [a / b for a, b in zip(above, below)]
+def ratios(numerators, denominators):
+    """Ratios round by round, so that anything that slows a whole round cancels out."""
+    return [a / b for a, b in zip(numerators, denominators)]
 
 
 class Peak:
-    """Resident memory while something runs, looked at by a thread: `whole` and `over`, in MB.
+    """Peak resident memory between `start` and `stop`, sampled by a thread, in MB.
 
-    `over` is what came on top of what was there before.
+    `peak_mb` is the total; `increase_mb` is the part above the memory held at `start`.
     """
 
-    def __init__(self, every=0.002):
-        self.every, self.process = every, psutil.Process()
+    def __init__(self, interval=0.002):
+        self.interval, self.process = interval, psutil.Process()
 
-    def now(self):
+    def resident_mb(self):
         return self.process.memory_info().rss / 1e6
 
     def watch(self):
-        while not self.done.wait(self.every):
-            self.whole = max(self.whole, self.now())
+        while not self.done.wait(self.interval):
+            self.peak_mb = max(self.peak_mb, self.resident_mb())
 
     def start(self):
         gc.collect()
         self.done = threading.Event()
-        self.before = self.whole = self.now()
+        self.before_mb = self.peak_mb = self.resident_mb()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
         return self
@@ -151,41 +156,41 @@ class Peak:
     def stop(self):
         self.done.set()
         self.thread.join()
-        self.over = self.whole - self.before
+        self.increase_mb = self.peak_mb - self.before_mb
 
 
 # ------------------------------------------------------------------------------------------------
 # Arithmetic
 
 
-def forward_flops(shape, rows, head=True):
-    """The least arithmetic of one forward pass over (prompt, answer) lengths, cached or not.
+def forward_flops(config, rows, head=True):
+    """The minimum FLOPs of one forward pass over rows of (prompt, answer) lengths, cached or not.
 
-    Two for each weight of a matrix and each real token; attention to what stands before; the LM
-    head only where an answer's token is to be foreseen.
+    It counts two operations per matrix weight and real token, causal attention, and the LM head
+    only at positions that predict a token of the answer.
     """
-    width, layers = shape.hidden_size, shape.num_hidden_layers
-    weights, total = layers * (4 * width**2 + 2 * width * shape.ffn_dim), 0
+    width, layers = config.hidden_size, config.num_hidden_layers
+    weights, total = layers * (4 * width**2 + 2 * width * config.ffn_dim), 0
     for prompt, answer in rows:
         tokens = prompt + answer - 1
         total += 2 * weights * tokens + layers * 2 * width * tokens * (tokens + 1)
-        total += 2 * width * shape.vocab_size * answer * head
+        total += 2 * width * config.vocab_size * answer * head
     return total
 
 
-def parameters(shape):
-    """Weights of the matrices, the token embedding counted once."""
-    width = shape.hidden_size
-    layer = 4 * width**2 + 2 * width * shape.ffn_dim
-    return shape.num_hidden_layers * layer + shape.vocab_size * width
+def count_weights(config):
+    """The number of weights in the matrices; the token embedding counts once."""
+    width = config.hidden_size
+    layer = 4 * width**2 + 2 * width * config.ffn_dim
+    return config.num_hidden_layers * layer + config.vocab_size * width
 
 
 # ------------------------------------------------------------------------------------------------
-# Words and tables
+# Text and tables
 
 
-def machine():
-    """The machine and the versions, in words."""
+def describe_machine():
+    """The machine and the versions of its software, as one line of text."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -197,28 +202,29 @@ def machine():
     )
 
 
-def number(x):
+def format_number(x):
+    """Whole numbers from 100 upwards, three significant digits from 1, two below 1."""
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" if abs(x) >= 1 else f"{x:.2g}"
 
 
-def shown(value):
-    """A list of measurements as its median and range; anything else as itself."""
+def format_cell(value):
+    """A list of measurements as its median and range; any other value as text."""
     if isinstance(value, list) and value:
-        median, low, high = map(number, (statistics.median(value), min(value), max(value)))
+        median, low, high = map(format_number, (statistics.median(value), min(value), max(value)))
         return f"{median} ({low}..{high})" if len(value) > 1 else median
-    return number(value) if isinstance(value, float) else str(value)
+    return format_number(value) if isinstance(value, float) else str(value)
 
 
 class Report:
-    """Tables as markdown on the screen, and every single measurement as JSON in a file."""
+    """Prints tables as markdown and writes every single measurement to a file as JSON."""
 
     def __init__(self, out=None):
-        self.out, self.tables = out, {"machine": machine()}
+        self.out, self.tables = out, {"machine": describe_machine()}
         print(self.tables["machine"])
 
     def table(self, title, rows):
-        """`rows`: dicts of the same keys; lists are repeated measurements."""
-        lines = [list(rows[0]), *([shown(v) for v in row.values()] for row in rows)]
+        """Prints `rows`, dicts with the same keys; a list holds repeated measurements."""
+        lines = [list(rows[0]), *([format_cell(v) for v in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * width for width in widths])
         print(f"\n### {title}\n")
@@ -230,16 +236,22 @@ class Report:
             self.out.write_text(json.dumps(self.tables, indent=1) + "\n")
 
 
-def exponent(xs, ys):
-    """The slope of log y over log x, by least squares."""
+def loglog_slope(xs, ys):
+    """The slope of log y over log x by least squares: the exponent of a power law."""
     xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
     return statistics.linear_regression(xs, ys).slope
 
 
-def arguments(doc, rounds):
-    """The parser with what every bench understands."""
+def make_parser(doc, rounds):
+    """A parser with the options that every benchmark shares."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rounds", type=int, help=f"after a warm-up; otherwise {rounds}")
-    parser.add_argument("--out", type=Path, help="write every measurement here, as JSON")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        default=list(SHAPES),
+        choices=list(SHAPES),
+        help="shapes of the models; default: all",
+    )
+    parser.add_argument("--rounds", type=int, help=f"rounds after the warm-up; default: {rounds}")
+    parser.add_argument("--out", type=Path, help="write every measurement to this file as JSON")
     return parser

@@ -1,11 +1,11 @@
-"""How much memory and time each stage takes with a real model's shape.
+"""Measures the memory and time of each stage with a model of realistic shape.
 
     python bench/memory.py
     python bench/memory.py --stage rlhf --set memory=6
 
-A Llama of 135 million random weights (the shape of SmolLM2-135M), prompts of 200 tokens, answers of
-64; every stage is a process of its own, and one runs at a time. PYTHONPATH may name another
-checkout, whose code then runs.
+The model is a Llama of 135 million random weights (the shape of SmolLM2-135M). Prompts have 200
+tokens and answers 64. Each stage runs in a process of its own, one at a time. If PYTHONPATH names
+another checkout, the code of that checkout runs.
 """
 
 import json
@@ -32,7 +32,7 @@ SHAPE = dict(
     pad_token_id=common.PAD,
 )  # fmt: skip
 STEPS = 2
-# Shares of the rows give each stage its number of steps.
+# The course splits the rows by these shares, so each stage gets the rows that its steps need.
 ROWS = {"sft": 8 * STEPS, "preference": 16 * STEPS, "prompt": 16}
 PARAMETERS = dict(
     preset="colab", device="cpu", max_prompt=PROMPT, max_new_tokens=ANSWER, validation_rows=0,
@@ -43,7 +43,7 @@ PARAMETERS |= {f"{name}_share": count / sum(ROWS.values()) for name, count in RO
 
 
 def prepare(root):
-    """A base model and rows of equal lengths."""
+    """Writes a base model and rows of equal lengths into the folder."""
     rng, tokenizer = random.Random(0), common.number_tokenizer(VOCABULARY)
     transformers.set_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
@@ -52,19 +52,20 @@ def prepare(root):
     lengths = dict(prompt=PROMPT) | dict.fromkeys(("response", "chosen", "rejected"), ANSWER - 1)
     with open(root / "dataset" / "train.json", "w") as file:
         for _ in range(sum(ROWS.values())):
-            row = {name: common.text(rng, n, VOCABULARY) for name, n in lengths.items()}
+            row = {name: common.random_text(rng, n, VOCABULARY) for name, n in lengths.items()}
             file.write(json.dumps(row) + "\n")
 
 
-def run(stage, root, given):
-    """Trains one stage in this process; prints its figures as JSON."""
-    cfg = util.Config(root=str(root), **PARAMETERS | {"base_model": str(root / "llama")} | given)
-    start, worked = time.perf_counter(), time.process_time()
+def run_stage(stage, root, overrides):
+    """Trains one stage in this process and prints its measurements as JSON."""
+    parameters = PARAMETERS | {"base_model": str(root / "llama")} | overrides
+    cfg = util.Config(root=str(root), **parameters)
+    start, cpu_start = time.perf_counter(), time.process_time()
     steps = []
     for metrics in getattr(util, f"train_{stage}")(cfg):
-        now, busy = time.perf_counter(), time.process_time()
-        steps.append((now - start, busy - worked, metrics["peak_memory_mb"]))
-        start, worked = now, busy
+        now, cpu_now = time.perf_counter(), time.process_time()
+        steps.append((now - start, cpu_now - cpu_start, metrics["peak_memory_mb"]))
+        start, cpu_start = now, cpu_now
     record = json.loads((root / "model" / stage / "stage.json").read_text())
     later = steps[1:] or steps  # the first one warms up
     figures = {
@@ -77,9 +78,10 @@ def run(stage, root, given):
     print(json.dumps(figures))
 
 
-def measured(stage, root, given):
-    """The figures of a stage, from a process of its own."""
-    command = [sys.executable, __file__, "--stage", stage, "--inside", str(root), "--set", *given]
+def measure(stage, root, overrides):
+    """Runs a stage in a process of its own; returns its measurements."""
+    command = [sys.executable, __file__, "--stage", stage, "--inside", str(root)]
+    command += ["--set", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -87,21 +89,29 @@ def measured(stage, root, given):
 def main():
     parser = common.argparse.ArgumentParser(description=__doc__.splitlines()[0])
     stages = ["actor", "critic", "rlhf"]
-    parser.add_argument("--stage", nargs="+", default=stages, choices=["base", *stages])
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters")
-    parser.add_argument("--out", type=Path, help="write every measurement here, as JSON")
+    parser.add_argument(
+        "--stage",
+        nargs="+",
+        default=stages,
+        choices=["base", *stages],
+        help="stages to measure; default: all three",
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the course"
+    )
+    parser.add_argument("--out", type=Path, help="write every measurement to this file as JSON")
     parser.add_argument("--inside", type=Path, help=common.argparse.SUPPRESS)
     args = parser.parse_args()
-    given = dict(word.split("=", 1) for word in args.set)
+    overrides = dict(word.split("=", 1) for word in args.set)
     if args.inside:
-        return run(args.stage[0], args.inside, given)
+        return run_stage(args.stage[0], args.inside, overrides)
     report, rows = common.Report(args.out), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root)
-        measured("base", root, args.set)
+        measure("base", root, args.set)
         for stage in stages[: stages.index(args.stage[-1]) + 1]:
-            figures = measured(stage, root, args.set)
+            figures = measure(stage, root, args.set)
             if stage in args.stage:
                 rows.append({"stage": stage} | figures)
         report.table(f"Llama of 135M weights, prompts of {PROMPT}, answers of {ANSWER}", rows)

@@ -1,9 +1,10 @@
-"""Log-probs of answers: util.response_logprobs against log_softmax over every position.
+"""Compares util.response_logprobs with log_softmax over every position.
 
     python bench/scoring.py --shape tiny --out scoring.json
 
-Eight rows of 128 + 64 tokens. Memory is looked at in runs of its own, after those for time. What
-ours gives besides, the entropies, the other side leaves out.
+Both sides compute the logprobs of answers in eight rows of 128 + 64 tokens. The script measures
+memory in separate runs after the timed ones. util.response_logprobs can also return entropies; the
+other side does not compute them, so they are switched off here.
 """
 
 import sys
@@ -22,7 +23,7 @@ ROWS, PROMPT, ANSWER = 8, 128, 64
 
 
 def over_all_positions(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """The textbook's way: logits everywhere, normalised everywhere, then looked up."""
+    """The textbook version: logits and log_softmax at every position, then a lookup."""
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1).long()
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
@@ -31,7 +32,7 @@ def over_all_positions(model, prompt_ids, prompt_mask, response_ids, response_ma
 
 
 def contenders(model, tokens, backward):
-    """Both ways as functions of nothing, on the same model."""
+    """Both versions as functions without arguments, on the same model."""
 
     def run(score):
         with torch.set_grad_enabled(backward):
@@ -47,8 +48,8 @@ def contenders(model, tokens, backward):
     }
 
 
-def lines(name, rounds):
-    """Two lines of the table: without gradients and with them."""
+def table_rows(name, rounds):
+    """Yields two rows of the table: without gradients and with them."""
     model, rng = common.language_model(name), torch.Generator().manual_seed(0)
     ids = torch.randint(2, model.config.vocab_size, (ROWS, PROMPT + ANSWER), generator=rng)
     ones = torch.ones_like(ids, dtype=torch.bool)
@@ -56,29 +57,29 @@ def lines(name, rounds):
     for backward in (False, True):
         both = contenders(model, tokens, backward)
         torch.testing.assert_close(*(run() for run in both.values()), rtol=0, atol=1e-4)
-        seconds = common.in_turns(both, rounds)
+        seconds = common.time_interleaved(both, rounds)
         peaks = {}
         for who, run in both.items():
             memory.give_back()
             peak = common.Peak().start()
             run()
             peak.stop()
-            peaks[f"{who}, MB over the weights"] = peak.over
-        faster = common.ratios(seconds["all positions"], seconds["ours"])
+            peaks[f"{who}, MB added"] = peak.increase_mb
+        speedup = common.ratios(seconds["all positions"], seconds["ours"])
         yield {
             "pass": "forward and backward" if backward else "forward",
             **{f"{who}, s": took for who, took in seconds.items()},
-            "ours is faster, times": faster,
+            "speedup": speedup,
             **peaks,
         }
 
 
 def main():
-    args = common.arguments(__doc__, ROUNDS).parse_args()
+    args = common.make_parser(__doc__, ROUNDS).parse_args()
     report = common.Report(args.out)
     for name in args.shape:
-        title = f"Log-probs of {ROWS} x ({PROMPT} + {ANSWER}), {name}"
-        report.table(title, list(lines(name, args.rounds or ROUNDS[name])))
+        title = f"Logprobs of {ROWS} x ({PROMPT} + {ANSWER}), {name}"
+        report.table(title, list(table_rows(name, args.rounds or ROUNDS[name])))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The whole course for several seeds: what each stage is worth, and how much seeds differ.
+"""Trains the whole course for several seeds and measures how good each stage becomes.
 
     python bench/seeds.py --seeds 0 1 2 --out seeds.json
 
-Runs all training stages without notebooks, each seed in a folder of its own, and judges the models
-on the eval rows exactly as 4_test does. Prints one line a seed, then mean and range.
+It runs all training stages without notebooks, each seed in a folder of its own, and judges the
+models on the eval rows exactly as 4_test does. It prints one line per seed, then mean and range.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STAGES = {
 
 
 def pipeline(seed, folder, rows, parameters):
-    """Trains all four stages in `folder` and judges them; the figures of one seed."""
+    """Trains all four stages in `folder` and evaluates them; returns the results of one seed."""
     (folder / "dataset").symlink_to(ROOT / "dataset")
     cfg = util.Config("tiny", root=str(folder), seed=seed, **parameters)
     seconds = {}
@@ -70,12 +70,17 @@ def line(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
-        "--split", choices=["eval", "tune"], default="eval", help="tune: for recipes"
+        "--split",
+        choices=["eval", "tune"],
+        default="eval",
+        help="rows to judge on; use tune to choose parameters",
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="name=value", help="parameters")
-    parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="name=value", help="parameters of the course"
+    )
+    parser.add_argument("--out", type=Path, help="write all figures to this file as JSON")
     args = parser.parse_args()
     rows = list(world.rows(world.World(), args.split, 1_000))
     parameters = dict(pair.split("=", 1) for pair in args.set)

@@ -1,4 +1,4 @@
-"""What the tests share: a tokenizer and random models of four families, made in seconds."""
+"""Shared fixtures and helpers: a tokenizer and random models of four families, made in seconds."""
 # ruff: noqa: E402
 
 import json
@@ -9,7 +9,8 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test of this suite may need a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny tensors: a second thread only waits. What a test starts inherits it; test-machines sets it.
+# Tensors are tiny, so a second thread only waits. Child processes inherit this value.
+# `make test-machines` sets other values.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -33,7 +34,8 @@ FAMILIES = ("opt", "gpt2", "llama", "qwen2")
 PAD, EOS, VOCABULARY = 0, 1, 61
 
 
-LONG = ["test_matrix.py", "test_course.py"]  # begin with them, so that both cores end together
+# The longest files run first, so that both cores finish together.
+LONG = ["test_matrix.py", "test_course.py"]
 
 
 def pytest_collection_modifyitems(items):
@@ -43,19 +45,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def threads(request):
-    """As many as OMP_NUM_THREADS says; one where tests fork, as threads do not survive a fork."""
+    """Sets OMP_NUM_THREADS threads, or one in files that fork: threads do not survive a fork."""
     forks = "os.fork()" in request.path.read_text(encoding="utf-8")
     torch.set_num_threads(1 if forks else int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
 def root():
-    """The repository."""
+    """The folder of the repository."""
     return Path(__file__).resolve().parents[1]
 
 
 def shape_of(family, vocabulary):
-    """A config of the family, wide of scale so that random weights have opinions."""
+    """A config of the family whose random weights are large enough to give peaked distributions."""
     if family == "opt":
         return OPTConfig(
             vocab_size=vocabulary, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
@@ -76,7 +78,7 @@ def shape_of(family, vocabulary):
 
 
 def random_model(family="opt", vocabulary=VOCABULARY, seed=0, **changes):
-    """A causal model with random weights, in eval mode. `changes` go into its config."""
+    """A causal model with random weights, in eval mode. `changes` are set on its config."""
     shape = shape_of(family, vocabulary)
     for name, value in changes.items():
         setattr(shape, name, value)
@@ -86,12 +88,12 @@ def random_model(family="opt", vocabulary=VOCABULARY, seed=0, **changes):
 
 
 def document_text(document):
-    """A document of the world as one text, whether it comes whole or as (question, answer)."""
+    """A document of the world as one text; a document is a text or a (question, answer) pair."""
     return document if isinstance(document, str) else " ".join(document)
 
 
 def left_padded(rows, value=PAD, extra=0):
-    """Lists of ids as (ids, mask), written apart from util's own padding."""
+    """Pads lists of ids on the left; returns (ids, mask). It does not use the padding of util."""
     width = max(map(len, rows)) + extra
     ids = [[value] * (width - len(row)) + row for row in rows]
     mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
@@ -99,6 +101,7 @@ def left_padded(rows, value=PAD, extra=0):
 
 
 def right_padded(rows, value=PAD, extra=0):
+    """Pads lists of ids on the right; returns (ids, mask)."""
     width = max(map(len, rows)) + extra
     ids = [row + [value] * (width - len(row)) for row in rows]
     mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
@@ -106,7 +109,7 @@ def right_padded(rows, value=PAD, extra=0):
 
 
 def rollout_of(crew, prompts, cfg, name="test", **how):
-    """A rollout with its advantages, as the loop of 3_rlhf makes it."""
+    """A rollout with its advantages, as the loop of 3_rlhf computes it."""
     rollout = util.make_rollout(crew, prompts, cfg, util.rng_for(cfg, name), **how)
     advantages_of = util.ADVANTAGES.get(cfg.algorithm, util.centred_advantages)
     rollout.advantages, rollout.returns = advantages_of(rollout, cfg)
@@ -114,7 +117,7 @@ def rollout_of(crew, prompts, cfg, name="test", **how):
 
 
 def run_loop(crew, cfg, prompts, say=print):
-    """The loop of 3_rlhf without a folder: the metrics of its steps."""
+    """Runs the loop of 3_rlhf without a folder; returns the metrics of its steps."""
     stage = SimpleNamespace(
         past=[],
         say=say,
@@ -145,7 +148,7 @@ def pad_right():
 
 @pytest.fixture(scope="session")
 def model():
-    """A random model; tests leave its weights alone. What families differ in: test_families.py."""
+    """A random model. Tests must not change it. test_families.py covers the other families."""
     return random_model()
 
 
@@ -157,13 +160,13 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def text_model(tokenizer):
-    """A random model that knows the tokenizer's vocabulary."""
+    """A random model with the vocabulary of the tokenizer."""
     return random_model("opt", len(tokenizer))
 
 
 @pytest.fixture
 def write_rows(tmp_path):
-    """Writes rows as tmp_path/dataset/train.json and returns tmp_path, a course's root."""
+    """Writes rows to tmp_path/dataset/train.json and returns tmp_path, the root of a course."""
 
     def write(rows, name="train.json"):
         folder = tmp_path / "dataset"

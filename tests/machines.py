@@ -1,7 +1,8 @@
-"""python tests/machines.py: the slow tests, then all others as on other processors.
+"""Runs the slow tests, then all others as on other processors: python tests/machines.py
 
-Kernels of other instruction sets round differently, and so do sums over other numbers of threads.
-A test has to hold on all of them. It ends with a line for each; arguments go to pytest.
+Kernels for other instruction sets round differently, and so do sums over other numbers of threads.
+Every test has to pass on all of them. The script ends with one line per setting. It hands its
+arguments to pytest.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from torch.backends.cpu import get_cpu_capability
 
 HOME = Path(__file__).resolve().parent.parent
-KINDS = ("default", "avx2", "avx512")  # each can do what those before it can
+KINDS = ("default", "avx2", "avx512")  # each supports everything that those before it support
 AS_IF = [
     *({"ATEN_CPU_CAPABILITY": kind} for kind in KINDS),
     {"ONEDNN_MAX_CPU_ISA": "AVX2"},
@@ -23,7 +24,7 @@ TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def pytest(env, *arguments):
-    """How it ended, and in how many seconds."""
+    """Runs pytest; returns its result and the seconds that it took."""
     start = time.time()
     line = [sys.executable, "-m", "pytest", *arguments, *sys.argv[1:]]
     code = subprocess.run(line, cwd=HOME, env=os.environ | env).returncode
@@ -39,8 +40,8 @@ def main():
         print(f"\n{name}", flush=True)
         if env.get("ATEN_CPU_CAPABILITY", "default") in can:
             found[name] = pytest(env, *TWO_AT_ONCE)
-        else:  # its instructions would kill the process
-            found[name] = f"left out: this processor is {here}", 0
+        else:  # this processor lacks the instructions
+            found[name] = f"skipped: this processor supports {here} at most", 0
     print()
     for name, (end, seconds) in found.items():
         print(f"{name:30} {end} in {seconds:.0f} s" if seconds else f"{name:30} {end}")

@@ -1,4 +1,4 @@
-"""Less memory, less time: adapters, recomputed activations, half precision; the same lesson."""
+"""Adapters, gradient checkpointing and half precision: they save memory and train as expected."""
 
 import copy
 import importlib.util
@@ -41,7 +41,7 @@ def train(cfg, stage):
 
 
 def based(folder, family, tokenizer, root):
-    """A course whose base is a random model of the family; its parameters."""
+    """Makes a course whose base is a random model of the family; returns its folder."""
     folder.mkdir(exist_ok=True)
     model = random_model(family, len(tokenizer), **MILD[family])
     lab.models.save(model, tokenizer, folder / "mine")
@@ -52,14 +52,14 @@ def based(folder, family, tokenizer, root):
     return folder
 
 
-@pytest.fixture(scope="module", params=["gpt2", "qwen2"])  # all: test_matrix.py
+@pytest.fixture(scope="module", params=["gpt2", "qwen2"])  # test_matrix.py covers all families
 def family(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def course(family, tokenizer, root, tmp_path_factory):
-    """All stages of a small course with adapters."""
+    """The config of a small course that trained all stages with adapters."""
     folder = based(tmp_path_factory.mktemp("course") / family, family, tokenizer, root)
     cfg = config(folder, lora_rank=4)
     for stage in STAGES:
@@ -113,7 +113,7 @@ def test_only_adapters_and_a_scorers_head_learn(course, tokens):
 
 
 def a_few_steps(crew, cfg, count=2):
-    """Rollouts and updates as the course makes them; the metrics of every step."""
+    """Runs rollouts and updates as the course does; returns the metrics of every step."""
     return run_loop(crew, cfg.changed(steps=count), [row["prompt"] for row in ROWS])
 
 
@@ -179,7 +179,7 @@ def test_an_artifact_with_an_adapter_is_whole_or_refused(course, tmp_path, stage
 
 
 def copied(course, stage, folder):
-    """A course that holds just the inputs of a stage."""
+    """Copies only the inputs of a stage into a new folder."""
     (folder / "model").mkdir(parents=True)
     (folder / "dataset").symlink_to(f"{course.root}/dataset")
     for source in ("base", *STAGES[: STAGES.index(stage)]):
@@ -193,7 +193,7 @@ def weights(folder, stage):
 
 
 def stopped_and_resumed(folder, stage, **changes):
-    """Runs a stage up to its first checkpoint, and again to its end."""
+    """Runs a stage up to its first checkpoint, then resumes it and runs it to its end."""
     changes = dict(checkpoint_minutes=0, actor_epochs=2, critic_epochs=2, steps=3) | changes
     cfg = config(folder, **changes)
     run = getattr(util, f"train_{stage}")(cfg)
@@ -228,7 +228,7 @@ def test_four_bits_need_a_gpu_and_bitsandbytes_and_say_so(tokenizer, root, tmp_p
     if torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"):
         assert "quantization_config" in lab.models.in_4_bits(config(tmp_path, device="cuda"))
     folder = based(tmp_path / "a", "opt", tokenizer, root)
-    wanted = config(folder, lora_rank=4, load_in_4bit=True)  # on the CPU, wherever this runs
+    wanted = config(folder, lora_rank=4, load_in_4bit=True)  # on the CPU, on every machine
     sentence = "load_in_4bit = True needs a GPU and the package bitsandbytes"
     with pytest.raises(CourseError, match=sentence) as told:
         train(wanted, "actor")
@@ -239,7 +239,7 @@ def test_four_bits_need_a_gpu_and_bitsandbytes_and_say_so(tokenizer, root, tmp_p
 
 @torch.no_grad()
 def test_adapters_of_four_bits_are_added_to_whole_weights(course, tokens, tmp_path):
-    """With weights that are whole already, but said to be in 4 bits: the same must come out."""
+    """The weights are whole here and only marked as 4-bit, so the scores must stay the same."""
     cfg = config(course.root, lora_rank=4)
     tokenizer, _ = util.load_pair(cfg, "actor")
     critic = util.critic_from_actor(cfg).eval()
@@ -258,11 +258,11 @@ def test_adapters_of_four_bits_are_added_to_whole_weights(course, tokens, tmp_pa
 
 
 # ------------------------------------------------------------------------------------------------
-# Activations anew
+# Gradient checkpointing
 
 
 class Spy:
-    """Counts the calls of one matrix in the first layer: (rows' length, grad, half or whole)."""
+    """Records the calls of a matrix in the first layer: (length, grad enabled, half precision)."""
 
     def __init__(self, model):
         names = ("fc1", "mlp.c_fc", "mlp.gate_proj")
@@ -279,7 +279,7 @@ class Spy:
 
 
 def noisy(family, vocabulary):
-    """A model with dropout of every kind that its family has."""
+    """A model with every kind of dropout that its family has."""
     return random_model(
         family, vocabulary, **MILD[family], dropout=0.3, attention_dropout=0.3, layerdrop=0.5,
         resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3,
@@ -300,7 +300,7 @@ def test_recomputing_gives_the_same_gradients_with_twice_the_passes(family, toke
         torch.manual_seed(0)
         model = lab.models.trainable(noisy(family, len(tokenizer)), cfg, drop=False).train()
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # they begin at zero, and A would have no gradient
+            if "lora_B" in name:  # they start at zero, and then A would have no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
         spy = Spy(model)
         found.append(gradients(model, tokenizer, cfg))
@@ -332,12 +332,12 @@ def test_recomputing_and_dropout_leave_ppo_alone(family, course, tokenizer, rank
     (metrics,) = run_loop(crew, cfg.changed(steps=1, ppo_epochs=1), [r["prompt"] for r in ROWS])
     ((rollout, calls),) = seen
     steps = rollout.tokens[2].shape[1]
-    if not rank:  # with adapters the reference passes by here once too
+    if not rank:  # with adapters the reference calls this matrix once too
         assert len(calls) == steps
-    assert not any(grad for _, grad, _ in calls), "nothing is recomputed while it writes"
+    assert not any(grad for _, grad, _ in calls), "nothing is recomputed during generation"
     assert sum(length == 1 for length, *_ in calls) == (steps - 1 if calls[0][0] else 0)
     updates = math.ceil(cfg.rollout / cfg.minibatch)
-    assert len(spy.take()) == 1 + 2 * updates and policy.training  # one measures a row's memory
+    assert len(spy.take()) == 1 + 2 * updates and policy.training  # 1: measures a row's memory
     assert metrics["ratio_error"] < 1e-4
 
 
@@ -354,7 +354,7 @@ def test_matrices_multiply_in_half_and_weights_stay_whole(family, tokenizer, pre
         before, spy = [p.clone() for p in model.parameters()], Spy(model)
         optimiser = util.Optimiser(cfg, [(model, 1e-4)], 4, batch=2)
         loss_of = util.partial(util.sft_loss, model, tokenizer, cfg)
-        for _ in range(8):  # fp16 finds its scale first
+        for _ in range(8):  # fp16 needs a few steps to find its loss scale
             norm = optimiser.step(ROWS, loss_of, 0)["grad_norm"]
             if math.isfinite(norm):
                 break
@@ -364,7 +364,7 @@ def test_matrices_multiply_in_half_and_weights_stay_whole(family, tokenizer, pre
         moments = [state["exp_avg"].dtype for state in optimiser.adamw.state.values()]
         assert moments and set(moments) == {torch.float32}
         assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
-    assert norms[1] == pytest.approx(norms[0], rel=0.1)  # scaled up, and down again
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)  # gradients are unscaled first
     assert ("scaler" in optimiser.state) == (precision == "fp16")
 
 

@@ -12,7 +12,7 @@ from lab.runs import CourseError
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
-    """A model somebody brings along: a small GPT-2 and its tokenizer."""
+    """A model of your own, in a folder: a small GPT-2 and its tokenizer."""
     folder = tmp_path_factory.mktemp("ready")
     tokenizer = util.train_tokenizer(["one two three four"] * 4, 300)
     shape = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128)

@@ -1,6 +1,6 @@
-"""Every parameter changes something: each is flipped, and another result has to be seen.
+"""Every parameter has an effect: each test changes one field and expects a different result.
 
-A field that nobody reads has no line in the table below, and none can be written for it.
+A field without an effect cannot have a line in the table below, so no such field can exist.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ class Own(PretrainedConfig):
 
 
 class Place(NamedTuple):
-    """Where a result is looked for."""
+    """The folders and patches with which an entry of the table computes its result."""
 
-    finished: Path  # a course whose stages all ran
+    finished: Path  # a course with trained base, actor and critic
     folder: Path  # an empty folder
     patch: pytest.MonkeyPatch
 
     def new(self, stage):
-        """A course that holds what a stage needs, and not the stage."""
+        """Makes a course folder with the inputs of a stage, but without the stage itself."""
         root = self.folder / f"{len(list(self.folder.iterdir()))}"
         (root / "model").mkdir(parents=True)
         for name in ("dataset", *(f"model/{source}" for source in STAGES[stage])):
@@ -64,7 +64,7 @@ def config(root, values):
 
 
 def figures(lines):
-    """Metrics as they were written, but for the clock."""
+    """The metrics as they were written, without times and memory."""
     rows = [json.loads(line) for line in lines]
     return [
         {k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows
@@ -72,7 +72,7 @@ def figures(lines):
 
 
 def left(folder):
-    """What a stage leaves behind: weights, metrics, samples, the names of its files."""
+    """The output of a stage: weights, metrics, samples and the names of its files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = [str(path.relative_to(folder)) for path in files]
     for path in files:
@@ -86,7 +86,7 @@ def left(folder):
 
 
 def run(stage):
-    """A whole stage: what it says and what it leaves."""
+    """Runs a whole stage; the result is what it prints and the files that it writes."""
 
     def look(place, values):
         root = place.new(stage)
@@ -97,7 +97,7 @@ def run(stage):
 
 
 def halfway(place, values):
-    """The checkpoints of a run that is still going on."""
+    """The names of the checkpoints of an unfinished run."""
     root = place.new("base")
     train = util.train_base(config(root, values))
     next(train), next(train), next(train)
@@ -106,7 +106,7 @@ def halfway(place, values):
 
 
 def resumed(place, values):
-    """What a run says, and its curves, that follows a stopped one."""
+    """Resumes a stopped run; the result is its output and the number of its steps."""
     root = place.new("base")
     train = util.train_base(config(root, {}))
     next(train), next(train)
@@ -123,12 +123,12 @@ def rows_of(share):
 
 
 def other_root(place, values):
-    """The rows of another folder, which holds none."""
+    """The rows of another folder, which has no rows."""
     return util.load_rows(util.Config("smoke", **({"root": str(place.finished)} | values)), "sft")
 
 
 def pieces(place, values):
-    """How the answers to 8 prompts are cut."""
+    """The answers to the eval prompts, which show the pieces in which they were generated."""
     cfg = config(place.finished, values)
     tokenizer, model = util.load_pair(cfg, "actor")
     prompts = [row["prompt"] for row in util.load_eval_rows(cfg)]
@@ -144,7 +144,7 @@ def encoded(place, values):
 
 
 class Layer(torch.nn.Linear):
-    """As small as a model can be."""
+    """The smallest possible model."""
 
     device = torch.device("cpu")
 
@@ -163,7 +163,7 @@ def updates(place, values):
 
 
 def cut(place, values):
-    """How many rows of an update go through at once."""
+    """The numbers of rows that the loss of an update gets at once."""
     layer, seen = Layer(3, 2), []
 
     def loss_of(part):
@@ -176,7 +176,7 @@ def cut(place, values):
 
 
 def no_room(place, values):
-    """One row is too much for a GPU (of which "meta" takes the part)."""
+    """A single row does not fit on a GPU; the device "meta" stands for the GPU."""
     moved = []
 
     class Moves(util.Optimiser):
@@ -196,7 +196,7 @@ def no_room(place, values):
 
 
 def stranger(place, values):
-    """A model with code of its own."""
+    """Loads the config of a model that brings code of its own."""
     place.patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place.folder))
     folder = place.folder / "stranger"
     folder.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ def checkpointing(place, values):
 
 
 def scores(place, values):
-    """What two reward models say together."""
+    """The combined reward of two reward models."""
     return util.load_reward(config(place.finished, values))(["Human: Hi Assistant:"], ["one two"])
 
 
@@ -239,7 +239,7 @@ def chosen(place, values):
 
 
 def of(function):
-    """A function of the parameters alone."""
+    """An entry whose result depends on the parameters alone."""
     return lambda place, values: repr(function(config(place.finished, values)))
 
 
@@ -247,8 +247,8 @@ BASE, ACTOR, CRITIC, RLHF = map(run, ("base", "actor", "critic", "rlhf"))
 ADAPTERS, TARGET = dict(lora_rank=2), dict(kl_target=0.5)
 DPO, GRPO = dict(algorithm="dpo"), dict(algorithm="grpo")
 NOBODY = dict(base_model="nobody/nothing")
-RISING = dict(steps=3, policy_lr=1e-2, kl_estimator="k3")  # its KL is above 0 after an update
-TABLE = {  # field: another value, where to look, what else is set
+RISING = dict(steps=3, policy_lr=1e-2, kl_estimator="k3")  # KL > 0 after an update
+TABLE = {  # field: (another value, function that computes a result, other settings)
     "preset": ("colab", lambda place, values: repr(util.Config(values.get("preset", "smoke"))), {}),
     "root": ("/nowhere", other_root, {}),
     "seed": (1, of(lambda cfg: util.rng_for(cfg, "test").initial_seed()), {}),
@@ -352,7 +352,7 @@ TABLE = {  # field: another value, where to look, what else is set
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder in which the first three stages ran."""
+    """A folder with the first three stages trained."""
     folder = tmp_path_factory.mktemp("finished")
     world.write(world.World(rows=200, eval_rows=24), folder / "dataset")
     for stage in ("base", "actor", "critic"):
@@ -362,12 +362,12 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def known():
-    """What came out where a field was not flipped."""
+    """The results with unchanged fields, computed once."""
     return {}
 
 
 def outcome(look, place, values):
-    """A result, what was said, and the sentence with which it ended, if it did."""
+    """[printed text and error message, result]; the result is None if it is an error or a text."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             found = look(place, values)
@@ -396,7 +396,7 @@ def test_another_value_gives_another_result(name, finished, known, tmp_path, mon
 
 
 def test_a_field_that_nobody_reads_would_be_seen(finished, known, tmp_path, monkeypatch):
-    """A parameter of another stage is one: it changes nothing here."""
+    """A parameter of another stage stands for such a field: it must not change the result."""
     place = Place(finished, tmp_path, monkeypatch)
     for look, name, other in ((ACTOR, "dpo_nll", 0.5), (CRITIC, "gamma", 0.5), (BASE, "lam", 0.5)):
         assert outcome(look, place, {name: other}) == outcome(look, place, {})

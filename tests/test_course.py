@@ -1,4 +1,4 @@
-"""The whole course, headless, on the preset `smoke`: what it writes, twice the same."""
+"""Runs the whole course headless with the preset `smoke`: its files, and the same files twice."""
 
 import json
 import math
@@ -20,19 +20,19 @@ SECRETS = {
     name: prefix + secrets.token_hex(16)
     for name, prefix in {
         "HF_TOKEN": "hf_", "OPENAI_API_KEY": "sk-", "WANDB_API_KEY": "", "MY_PASSWORD": "",
-        "token": "hf_",  # a file in HF_HOME
+        "token": "hf_",  # this one is a file in HF_HOME
     }.items()
 }  # fmt: skip
 
 
 def course(root, env):
-    """All five notebooks by papermill, each in a kernel of its own."""
+    """Runs all five notebooks with papermill, each in a kernel of its own."""
     line = [sys.executable, "-m", "lab", "course", "--preset", "smoke", "--set", f"root={root}"]
     return subprocess.run(line, cwd=HOME, env=env, capture_output=True, text=True, timeout=600)
 
 
 def figures(root):
-    """All that was measured, without the clock."""
+    """All metrics of a course, without times and memory."""
     found = {}
     for stage in ("base", "actor", "critic", "rlhf"):
         lines = (root / "model" / stage / "metrics.jsonl").read_text().splitlines()
@@ -47,7 +47,7 @@ def figures(root):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder in which the course has run once, on a machine that keeps secrets."""
+    """A folder in which the course ran once, on a machine whose environment holds secrets."""
     root = tmp_path_factory.mktemp("course")
     shutil.copytree(HOME / "dataset", root / "dataset")
     home = tmp_path_factory.mktemp("home")
@@ -146,7 +146,7 @@ def test_no_secret_of_the_machine_is_printed_or_written(root):
 
 @pytest.fixture(scope="module")
 def cut_off(tmp_path_factory):
-    """A warm process that reaches no network. Who tries is written to `tried`."""
+    """A warm process without a network. It writes every attempt to connect to the file `tried`."""
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     kept = {name: value for name, value in os.environ.items() if name not in offline}
     tried = tmp_path_factory.mktemp("network") / "tried.txt"
@@ -166,7 +166,7 @@ def test_a_second_run_without_a_network_gives_the_same_numbers(root, tmp_path, c
 
 
 def test_without_a_network_means_that_a_notebook_cannot_reach_one(tmp_path, cut_off):
-    """Otherwise the test above would prove nothing."""
+    """Checks that the fixture really blocks the network, on which the test above relies."""
     call = "import socket; socket.create_connection(('192.0.2.1', 80))"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(call)])
     nbformat.write(book, tmp_path / "call.ipynb")
@@ -207,7 +207,7 @@ def test_the_notebook_of_rlhf_knows_how_exact_fp16_is(root, tmp_path, cut_off):
 
 
 def test_ppo_raises_a_reward_of_ones_own(root, tmp_path):
-    """From random answers to ones with more of the letter e: the whole loop learns."""
+    """The reward counts the letter e, and the whole loop learns to write more of it."""
     import util
 
     shutil.copytree(root / "dataset", tmp_path / "dataset")

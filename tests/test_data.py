@@ -149,7 +149,7 @@ def test_text_of_any_script_survives(tmp_path):
 
 
 def refusal(path, needs=("prompt",)):
-    """What a person reads who hands over this file: one line, the file first."""
+    """The error for this file: it is one line and starts with the name of the file."""
     with pytest.raises(CourseError) as caught:
         read_rows(path, needs)
     message = str(caught.value)
@@ -435,7 +435,7 @@ def test_the_mask_keeps_the_eos_even_if_padding_is_eos_too(tokenizer, tmp_path, 
 
 
 def without_eos(texts, folder):
-    """A tokenizer that has no token to stop with, saved into a folder."""
+    """Saves a tokenizer without an eos token into a folder; returns its vocabulary size."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -480,7 +480,7 @@ PAIRS = [
 
 
 def test_the_sft_loss_is_cross_entropy_on_the_answers_alone(tokenizer, text_model, cfg):
-    """Against `labels` of -100 on prompts, row by row, without padding."""
+    """The reference is transformers' loss with labels of -100 on prompts, one row at a time."""
     total = count = 0
     for row in PAIRS:
         prompt = util.encode_prompt(tokenizer, row["prompt"], cfg.max_prompt)
@@ -494,17 +494,17 @@ def test_the_sft_loss_is_cross_entropy_on_the_answers_alone(tokenizer, text_mode
 
 
 def test_the_sft_gradient_comes_from_answers_alone(tokenizer, text_model, cfg):
-    """The gradient at the logits is 0 wherever the next token is no answer token."""
+    """The gradient of the logits is 0 wherever the next token is not part of an answer."""
     seen = []
 
-    def cut(model, args, out):  # logits that nothing lies behind, so that their gradient stays
+    def cut(model, args, out):  # detached logits are leaves and keep their gradient
         out.logits = out.logits.detach().requires_grad_()
         seen.append(out.logits)
         return out
 
     with text_model.register_forward_hook(cut):
         util.sft_loss(text_model, tokenizer, cfg, PAIRS)[0].backward()
-    (logits,) = seen  # from the column on that foresees the first answer token
+    (logits,) = seen  # they start at the column that predicts the first answer token
     *_, prompt_mask, ids, mask = util.encode_pairs(
         tokenizer, [r["prompt"] for r in PAIRS], [r["response"] for r in PAIRS], cfg, "cpu"
     )

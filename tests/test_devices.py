@@ -1,4 +1,4 @@
-"""Every device of this machine, one after the other in one process: a GPU where there is one."""
+"""Trains on every device of this machine (CPU and GPU, if any), one after the other."""
 
 import math
 
@@ -16,7 +16,7 @@ WORDS = "apple bread cloud dream eagle flute grape horse island jewel".split()
 
 @pytest.fixture
 def course(tokenizer, write_rows, tmp_path):
-    """A small course, up to the base model; a function that gives its parameters on a device."""
+    """A small course with a base model; returns a function that makes its config for a device."""
     rows = [
         {"prompt": f"What is {a} {b}?", "response": f"A {a}.", "chosen": f"It is {b}.",
          "rejected": f"No {a}."}
@@ -44,7 +44,7 @@ def losses(history):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
 def test_all_devices_take_turns_in_one_process_and_agree(course, algorithm, monkeypatch):
-    """The CPU comes first and last; what a GPU learns is what the CPU learns."""
+    """The CPU runs first and last, and a GPU learns the same as the CPU."""
     made = []
     whole = util.Optimiser.__init__
 

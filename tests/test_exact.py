@@ -1,4 +1,4 @@
-"""Every loss and estimator beside an oracle in float64: loops, one number at a time.
+"""Compares every loss and estimator with an oracle in float64 that loops over single numbers.
 
 `EXACT=tests/exact.md python -m pytest tests/test_exact.py` rewrites the table of differences.
 """
@@ -19,15 +19,16 @@ from tests.conftest import rollout_of
 
 TABLE = Path(__file__).with_name("exact.md")
 SEEDS, B, R, V, G = range(6), 6, 9, 17, 3
-LENGTHS = [9, 1, 4, 7, 2, 9]  # one answer of a single token
+LENGTHS = [9, 1, 4, 7, 2, 9]  # one answer has a single token
 REAL = [(b, t) for b, length in enumerate(LENGTHS) for t in range(length)]
 MASK = torch.arange(R) < torch.tensor(LENGTHS)[:, None]
-KINDS = ("usual", "extreme", "far off")  # small; some of them large; small around 100
+# Small numbers; small ones with some large ones; small ones shifted by -100.
+KINDS = ("usual", "extreme", "far off")
 
 
 # ------------------------------------------------------------------------------------------------
-# Oracles: lists of Python floats in, floats out. Each number comes with the size of its terms:
-# where they cancel, a difference is measured against them and not against what is left.
+# Oracles take and return Python floats. Each result comes with the size of its terms. Where terms
+# cancel, a difference is measured relative to the terms and not to the small result.
 
 
 def mean(terms):
@@ -41,7 +42,7 @@ def sized(terms):
 
 
 def over(terms, unit):
-    """Terms {(b, t): number} as a mean over tokens, or over the means of answers."""
+    """The mean of terms {(b, t): number} over all tokens, or over the means of the answers."""
     if unit == "token":
         return sized(terms.values())
     rows = [[terms[b, t] for t in range(length)] for b, length in enumerate(LENGTHS)]
@@ -49,7 +50,7 @@ def over(terms, unit):
 
 
 def softplus(x):
-    """-log sigmoid(-x)"""
+    """log(1 + exp(x)), which is -log sigmoid(-x)"""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
@@ -85,14 +86,14 @@ def oracle_kl_loss(estimator, unit, new, ref):
 
 
 def oracle_gae(rewards, values, gamma=0.9, lam=0.8):
-    """The sum of all later surprises, each discounted by how far off it is."""
+    """Sums all later TD errors, each discounted by its distance in tokens."""
     advantages, returns = np.zeros((B, R)), np.zeros((B, R))
     for b, length in enumerate(LENGTHS):
         for t in range(length):
             for s in range(t, length):
-                after = values[b][s + 1] if s + 1 < length else 0.0
-                surprise = rewards[b][s] + gamma * after - values[b][s]
-                advantages[b, t] += (gamma * lam) ** (s - t) * surprise
+                next_value = values[b][s + 1] if s + 1 < length else 0.0
+                td_error = rewards[b][s] + gamma * next_value - values[b][s]
+                advantages[b, t] += (gamma * lam) ** (s - t) * td_error
             returns[b, t] = advantages[b, t] + values[b][t]
     return [*advantages.flatten(), *returns.flatten()]
 
@@ -194,7 +195,7 @@ def oracle_normalised(rollouts):
 
 
 # ------------------------------------------------------------------------------------------------
-# What the course computes, on the same numbers
+# The functions of the course, on the same numbers
 
 
 def run_normalised(rollouts):
@@ -203,12 +204,12 @@ def run_normalised(rollouts):
 
 
 def first(function, *keys, **more):
-    """The loss alone, of a function that gives (loss, stats)."""
+    """Wraps a function that returns (loss, stats) so that it returns the loss alone."""
     return lambda *args: function(*args, MASK, **dict(keys), **more)[0]
 
 
 GRID, ROW, WORDS = (B, R), (B,), (B, R, V)
-CASES = {  # name: (what the course says, oracle, shapes of the inputs, scale in extreme cases)
+CASES = {  # name: (function of the course, oracle, shapes of inputs, scale in extreme cases)
     "masked_mean": (lambda x: util.masked_mean(x, MASK), oracle_mean_over, [GRID], 1e3),
     "masked_whiten": (lambda x: util.masked_whiten(x, MASK), oracle_whiten, [GRID], 1e3),
     "pairwise_loss": (lambda c, r: util.pairwise_loss(c, r)[0], oracle_pairwise, [ROW] * 2, 50),
@@ -278,7 +279,7 @@ for _unit in ("token", "answer"):
             100,
         ),
     }
-    for _name in ("k2", "k3"):  # as a loss k1 is refused
+    for _name in ("k2", "k3"):  # the course refuses k1 as a loss
         CASES[f"kl_loss, {_name}, {_unit}"] = (
             lambda *two, name=_name, unit=_unit: util.kl_loss(
                 *two, MASK, estimator=name, unit=unit
@@ -296,7 +297,7 @@ for _unit in ("token", "answer"):
 AIMS = {torch.float32: 1e-6, torch.float64: 1e-12}
 FAR = "e^x makes a rounding of x into x times that"
 LARGE = "a small rest of large numbers"
-EXCUSES = {  # (start of the name, kind, type): (bound, why it is not the aim)
+EXCUSES = {  # (start of the name, kind, type): (wider bound, reason)
     ("pairwise_loss", kind, torch.float64): (1e-6, "always in float32") for kind in KINDS
 } | {
     (start, kind, torch.float32): (bound, why)
@@ -316,11 +317,11 @@ EXCUSES = {  # (start of the name, kind, type): (bound, why it is not the aim)
 
 
 def inputs(name, kind, seed):
-    """Random numbers that float32 can hold, so that both types compute with the same."""
+    """Random numbers that float32 represents exactly, so both types get the same inputs."""
     rng = np.random.default_rng([seed, len(name)])
     _, _, shapes, scale = CASES[name]
     columns = [rng.normal(size=shape) for shape in shapes]
-    if kind == "extreme":  # most of them small, some of them large
+    if kind == "extreme":  # most are small, some are large
         columns = [np.where(rng.random(x.shape) < 0.3, scale * x, x) for x in columns]
     if kind == "far off":
         columns = [x - 100 for x in columns]
@@ -328,7 +329,7 @@ def inputs(name, kind, seed):
 
 
 def both(name, columns, dtype):
-    """(what the course says, what is right, the size of its terms), flat."""
+    """(result of the course, result of the oracle, size of its terms), as flat arrays."""
     says, oracle, *_ = CASES[name]
     tensors = [torch.tensor(x, dtype=dtype) for x in columns]
     if name == "token_logprobs":
@@ -345,7 +346,7 @@ def both(name, columns, dtype):
 
 
 def difference(name, kind, dtype):
-    """The largest over all seeds, relative to the size of what is added up."""
+    """The largest difference over all seeds, relative to the size of the terms."""
     worst = 0.0
     for seed in SEEDS:
         got, right, size = both(name, inputs(name, kind, seed), dtype)
@@ -355,7 +356,7 @@ def difference(name, kind, dtype):
 
 
 def bound_of(name, kind, dtype):
-    """(the bound that holds, why it is wider than the aim)"""
+    """(the bound, and the reason if it is wider than the aim)"""
     for (start, where, which), (bound, why) in EXCUSES.items():
         if name.startswith(start) and where == kind and which in (dtype, None):
             return bound, why
@@ -364,7 +365,7 @@ def bound_of(name, kind, dtype):
 
 @pytest.fixture(scope="module")
 def rows():
-    """The rows of the table, as they are measured."""
+    """The rows of the table; the tests fill them."""
     return {}
 
 
@@ -378,7 +379,7 @@ def test_it_is_what_the_oracle_says(name, rows):
 
 
 def test_the_oracle_of_another_variant_would_be_seen():
-    """Otherwise the test above would prove nothing: token for answer, k2 for k3, ..."""
+    """Checks that the test above can fail, for example with k2 instead of k3."""
     pairs = [(a, b) for a in CASES for b in CASES if a != b and a.split(",")[0] == b.split(",")[0]]
     assert len(pairs) > 30
     for name, other in pairs:
@@ -394,7 +395,7 @@ def test_the_oracle_of_another_variant_would_be_seen():
 
 
 def kinks(name, columns):
-    """How far the inputs are from where a loss has no slope."""
+    """The distance of the inputs to the nearest point at which the loss has no gradient."""
     if name.startswith(("ppo_policy", "grpo")):
         ratio = np.exp(columns[0] - columns[1])
         return np.abs(np.stack([ratio - 0.8, ratio - 1.2])).min()
@@ -410,7 +411,7 @@ def kinks(name, columns):
 
 
 def smooth(name):
-    """Inputs at which the slope exists, half of the pairs of a hinge on its flat side."""
+    """Inputs at which the gradient exists. Half of the hinge pairs lie on its flat side."""
     for seed in range(500):
         columns = [x * (8 if "hinge" in name else 1) for x in inputs(name, "usual", seed)]
         if kinks(name, columns) > 1e-3:
@@ -418,7 +419,7 @@ def smooth(name):
     raise AssertionError("no such inputs were found")
 
 
-ALONE = {"pairwise_loss", "normalised"}  # float32; never differentiated
+ALONE = {"pairwise_loss", "normalised"}  # always float32; never differentiated
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ALONE])
@@ -433,7 +434,7 @@ def test_its_gradient_is_its_slope(name, rows):
 
 
 def test_the_gradient_of_the_pairwise_loss_is_its_formula(rows):
-    """Minus the sigmoid of how wrong a pair is, over the number of pairs."""
+    """The gradient is -sigmoid(rejected - chosen) divided by the number of pairs."""
     for kind in KINDS:
         chosen, rejected = inputs("pairwise_loss", kind, 0)
         leaves = [
@@ -462,7 +463,7 @@ bound holds, it stands in the last column. Slope: the gradient is that of finite
 
 
 def exceptions(name):
-    """What stands in the last column."""
+    """The text of the last column: the wider bounds and their reasons."""
     found = {}
     for dtype in AIMS:
         for kind in KINDS:
@@ -539,7 +540,7 @@ def test_a_group_of_equal_rewards_gives_no_advantage_at_all(size):
 
 
 def test_grpo_starts_at_0_and_still_moves():
-    """With the mean over answers; over tokens long answers weigh more, and the sum is not 0."""
+    """A mean over tokens weighs long answers more, so that case uses answers of equal length."""
     rng = torch.Generator().manual_seed(0)
     logprobs = torch.randn(B, R, generator=rng, dtype=torch.float64)
     advantages = util.group_advantages(torch.randn(B, generator=rng, dtype=torch.float64), G)
@@ -585,7 +586,7 @@ def test_what_lies_outside_the_mask_moves_nothing(name):
 
 @pytest.fixture
 def crew(tokenizer, make_model):
-    """Policy and reference differ; the reward is the length of a text, rounded: some are equal."""
+    """Policy and reference differ. The reward is a rounded length, so some rewards are equal."""
     policy, reference, value = (make_model("opt", len(tokenizer), seed=seed) for seed in range(3))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -613,7 +614,7 @@ def roll(crew, cfg):
 
 
 def ending(patch, share=0.2):
-    """Every fifth token becomes an eos, whatever the model thinks of it; its log-prob is true."""
+    """Makes about every fifth sampled token an eos, with the true logprob of that eos."""
     whole = util.pick
 
     def pick(logits, rng, temperature, *more):

@@ -1,4 +1,4 @@
-"""Fifteen families of models, tokenizers with habits, and models that bring code of their own."""
+"""Fifteen model families, unusual tokenizers, and models that bring code of their own."""
 
 import copy
 import importlib
@@ -24,12 +24,12 @@ PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20]]
 ANSWERS = [[8, 8, 1], [30, 31, 32, 33, 1], [1], [12, 50]]
 IDS = dict(vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS)
 LAYERS = dict(num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=96)
-WIDE = dict(initializer_range=0.3)  # random weights with opinions
+WIDE = dict(initializer_range=0.3)  # random weights that give peaked distributions
 OPT = dict(hidden_size=16, ffn_dim=32, init_std=0.3, dropout=0.3, attention_dropout=0.3)
 GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=96, resid_pdrop=0.3)
 LLAMA = dict(hidden_size=16, intermediate_size=32, num_key_value_heads=1, attention_dropout=0.3)
 GEMMA = LLAMA | dict(head_dim=8)
-KINDS = {  # name: (config class, what it adds)
+KINDS = {  # name: (config class, its arguments)
     "opt-125m": (hf.OPTConfig, OPT | LAYERS | dict(word_embed_proj_dim=16, layerdrop=0.5)),
     "opt-350m": (
         hf.OPTConfig,
@@ -73,13 +73,13 @@ def made(name, vocabulary=VOCABULARY, seed=0):
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    """One model of each family; tests leave its weights alone."""
+    """One model of each family. Tests must not change its weights."""
     return made(request.param)
 
 
 @pytest.fixture(scope="module")
 def scorer(model, tmp_path_factory):
-    """A scorer made from the causal checkpoint, as it comes; tests work on copies."""
+    """A scorer loaded from the causal checkpoint. Tests must change copies only."""
     folder = tmp_path_factory.mktemp("causal")
     model.save_pretrained(folder)
     return util.load_scorer(folder, util.Config("tiny", device="cpu"))
@@ -92,7 +92,7 @@ def cfg(tmp_path):
 
 
 def words(size=VOCABULARY, **special):
-    """A tokenizer that knows whole words: w3, w4, ... and the two that open a turn."""
+    """A word-level tokenizer: w5, w6, ... and the two words that open a turn."""
     known = ["<pad>", "</s>", "<unk>", "Human:", "Assistant:"]
     known += [f"w{i}" for i in range(len(known), size)]
     inside = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, "<unk>"))
@@ -134,7 +134,7 @@ def test_padding_is_invisible(model, pad_left, pad_right):
 
 @torch.no_grad()
 def slow(model, prompt, luck, temperature, stops):
-    """One row, one full pass a token: no cache, no padding, no mask, no position ids."""
+    """Generates one row with a full pass per token: no cache, padding, mask or position ids."""
     ids = list(prompt)
     for lot in luck:
         logits = model(input_ids=torch.tensor([ids])).logits[:, -1]
@@ -156,7 +156,7 @@ def test_the_cache_changes_nothing_also_when_rows_leave_the_batch(model, pad_lef
     expected = [slow(model, p, row, temperature, stops) for p, row in zip(prompts, luck)]
     assert [row[real].tolist() for row, real in zip(ids, mask)] == expected
     if temperature:
-        assert len({len(answer) for answer in expected}) > 1  # some left early
+        assert len({len(answer) for answer in expected}) > 1  # some answers ended early
         scored, _ = util.response_logprobs(model, *pad_left(prompts, 17, 2), ids, mask)
         assert (scored - logprobs).abs().max() < 1e-4
 
@@ -206,7 +206,7 @@ def test_a_scorer_begins_at_zero_and_agrees_with_the_plain_class(
 def test_without_dropout_train_mode_says_what_eval_mode_says(model, cfg, pad_left, pad_right):
     tokens, noisy = padded(pad_left, pad_right), copy.deepcopy(model).train()
     expected = util.answer_logits(model, *tokens)
-    assert not torch.equal(util.answer_logits(noisy, *tokens), expected)  # it has dropout
+    assert not torch.equal(util.answer_logits(noisy, *tokens), expected)  # its dropout acts
     quiet = lab.models.trainable(noisy, cfg, drop=False).train()
     assert torch.equal(util.answer_logits(quiet, *tokens), expected)
 
@@ -229,7 +229,7 @@ def crew_of(model, scorer):
 
 
 def task(name, model, scorer, cfg):
-    """(loss_of, models that learn, rows) of one of the five ways to learn."""
+    """(loss_of, models to train, rows) of one of the five training methods."""
     crew = crew_of(model, scorer)
     if name == "sft":
         return partial(util.sft_loss, crew.policy, crew.tokenizer, cfg), [crew.policy], ROWS
@@ -256,7 +256,8 @@ def task(name, model, scorer, cfg):
 @pytest.mark.parametrize("name", ["sft", "critic", "ppo", "grpo", "dpo"])
 def test_every_way_to_learn_lowers_its_own_loss(model, scorer, cfg, name):
     if name in ("ppo", "grpo"):
-        changes = dict(algorithm=name, answers=4, reward_clip=99.0)  # or all are equal
+        # The wide clip keeps the rewards different from each other.
+        changes = dict(algorithm=name, answers=4, reward_clip=99.0)
         cfg = util.Config(**vars(cfg) | changes)
     loss_of, learning, rows = task(name, model, scorer, cfg)
     optimiser = util.Optimiser(cfg, [(m, 3e-3) for m in learning], 5, batch=len(rows))
@@ -274,7 +275,7 @@ def test_every_way_to_learn_lowers_its_own_loss(model, scorer, cfg, name):
 
 
 def kept(tokenizer, folder, model="llama", rows=None):
-    """A folder with a tokenizer and a model that has as many rows, or `rows`."""
+    """Saves a tokenizer and a model with `rows` embeddings (default: one per token)."""
     made(model, rows or len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -287,7 +288,7 @@ def test_a_tokenizer_without_a_pad_pads_with_its_eos_and_masks_come_from_lengths
     prompts, answers = ["Human: w5 Assistant:", "Human: w5 w6 w7 Assistant:"], ["w8", "w9 w10"]
     tokens = util.encode_pairs(tokenizer, prompts, answers, cfg, "cpu")
     assert tokens[3].sum(1).tolist() == [2, 3] and tokens[1].sum(1).tolist() == [3, 5]
-    assert util.ended(*tokens[2:], EOS).all()  # the eos counts, the padding behind it does not
+    assert util.ended(*tokens[2:], EOS).all()  # the eos counts; the padding after it does not
     assert util.decode(tokenizer, *tokens[2:]) == answers
     with torch.no_grad():
         logprobs, _ = util.response_logprobs(model, *tokens)
@@ -310,7 +311,7 @@ def test_a_plain_scorer_sees_the_eos_also_where_the_pad_is_one(cfg, tmp_path):
     assert ids[0, -1] == EOS
     expected = util.answer_scores(ours, *tokens)
     assert torch.allclose(plain(input_ids=ids).logits[:, 0], expected, atol=1e-5)
-    with pytest.raises(ValueError, match="batch sizes > 1"):  # it says so; it does not guess
+    with pytest.raises(ValueError, match="batch sizes > 1"):  # transformers refuses
         plain(input_ids=ids.repeat(2, 1))
 
 
@@ -324,10 +325,10 @@ def test_a_tokenizer_without_an_eos_gets_one_and_the_model_a_row_for_it(cfg, tmp
     assert tokenizer.eos_token == "</s>" and tokenizer.eos_token_id == VOCABULARY
     old, new = (m.get_input_embeddings().weight for m in (made("llama"), model))
     assert len(new) == VOCABULARY + 1 and torch.equal(new[:-1], old)
-    assert (new[-1] - old.mean(0)).abs().max() < 0.1  # close to the mean: neither 0 nor loud
+    assert (new[-1] - old.mean(0)).abs().max() < 0.1  # close to the mean, neither 0 nor large
     head = model.get_output_embeddings().weight
     assert (head[-1] - head[:-1].mean(0)).abs().max() < 0.1
-    assert torch.equal(new, loaded[1][1].get_input_embeddings().weight)  # the same each time
+    assert torch.equal(new, loaded[1][1].get_input_embeddings().weight)  # the same each load
     lab.models.save(model, tokenizer, tmp_path / "b")
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     assert VOCABULARY in torch.tensor(plain.generation_config.eos_token_id)
@@ -339,7 +340,7 @@ def test_a_tokenizer_without_an_eos_gets_one_and_the_model_a_row_for_it(cfg, tmp
     ids, mask, _ = util.generate(
         model, *prompt, **util.sampling(cfg, model, tokenizer), generator=util.rng_for(cfg)
     )
-    assert util.ended(ids, mask, tokenizer.eos_token_id).any()  # generation can stop
+    assert util.ended(ids, mask, tokenizer.eos_token_id).any()  # generation stops at this eos
 
 
 def test_nothing_asks_for_a_bos(cfg, tmp_path):
@@ -401,8 +402,8 @@ def test_a_chat_template_of_its_own_is_used_and_the_cut_keeps_the_header(cfg, tm
     whole = "<|user|> w5 <|end|> <|assistant|> w6 w7 <|end|> <|user|> w8 <|end|> <|assistant|>"
     assert told(several) == whole.split()
     assert told(several, 4) == whole.split()[-4:] and told(several, 1) == ["<|assistant|>"]
-    end = tokenizer.convert_tokens_to_ids("<|end|>")  # what the template writes behind an answer
-    assert util.encode_answer(tokenizer, " w9 w10 ", 9) == [9, 10, end]  # no space before it
+    end = tokenizer.convert_tokens_to_ids("<|end|>")  # the template ends an answer with it
+    assert util.encode_answer(tokenizer, " w9 w10 ", 9) == [9, 10, end]  # without a space before it
 
 
 def test_the_space_before_an_answer_is_the_one_that_the_template_writes(tokenizer):
@@ -570,7 +571,7 @@ FILES = {"modeling_mine.py": THEIR_CODE, "sums_mine.py": THEIR_SUMS}
 
 @pytest.fixture
 def theirs(tmp_path, monkeypatch):
-    """A folder as somebody would bring it: weights, config, a tokenizer and two files of code."""
+    """A model folder of a user: weights, config, a tokenizer and two files of code."""
     top = tmp_path / "top"
     for folder in (top / "mine", top / "theirs"):
         folder.mkdir(parents=True)
@@ -594,7 +595,7 @@ def theirs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """Their code is copied to a cache; here to one that goes away."""
+    """transformers copies code of models into a cache. Here the cache is a temporary folder."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -1,4 +1,4 @@
-"""The fast path says what the plain one says; it is taken where it should be, and only there."""
+"""The fast path gives the same numbers as the plain path and runs only where it may."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20]]
 ANSWERS = [[8, 8, 1], [30, 31, 32, 33, 1], [1], [12, 50]]
 EQUAL = [[5, 9, 3, 11], [7, 8, 9, 10], [2, 4, 6, 8], [33, 20, 21, 22]]
 FULL = [[12, 50, 3, 8, 8, 1], [30, 31, 32, 33, 40, 1], [9, 8, 7, 6, 1], [12, 50, 51, 52, 53, 1]]
-# One text twice, two answers to one prompt, a start that is a prompt in one row and not in another.
+# The same text twice, several answers to one prompt, and a prompt that starts another prompt.
 ALIKE = [[5, 9, 3], [7, 2], [5, 9], [5, 9, 3], [5, 9, 3]]
 REPLIES = [[8, 8, 1], [1], [3, 8, 12, 1], [8, 8, 1], [8, 30, 31, 1]]
 BATCHES = {"padded": (PROMPTS, ANSWERS), "full": (EQUAL, FULL), "alike": (ALIKE, REPLIES)}
@@ -47,7 +47,7 @@ STOPS = list(range(3, VOCABULARY, 7))
 
 
 def made(name, scorer=False, kind=None, **changes):
-    """A model in eval mode. Biases and norms are random too, or nobody would miss them."""
+    """A model in eval mode. Biases and norms are random too, so a test sees if one is left out."""
     config, shape = KINDS[name]
     auto = hf.AutoModelForSequenceClassification if scorer else hf.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
@@ -67,20 +67,20 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def model(name):
-    """One model of each family; tests leave its weights alone."""
+    """One model of each family. Tests must not change its weights."""
     return made(name)
 
 
 @pytest.fixture(params=[("padded", 1), ("padded", 8), ("full", 1), ("alike", 8)], ids=str)
 def tokens(request, monkeypatch, pad_left, pad_right):
-    """The four tensors of scoring: for each of the ways in which rows attend side by side."""
+    """The four tensors for scoring, for each way in which the fast path groups rows."""
     name, groups = request.param
     prompts, answers = BATCHES[name]
     monkeypatch.setattr(fast_path, "GROUPS", groups)
     found = *pad_left(prompts, 44), *pad_right(answers, 44)
     read = util.before_each_token(*found)
     made = fast_path.layout(*read, util.before_answers(found[0], found[3]))
-    assert len(made.groups) == min(groups, 4)  # the fifth row of one batch is a copy
+    assert len(made.groups) == min(groups, 4)  # one batch has four different rows
     assert (made.slots is None) == (request.param in [("padded", 8), ("full", 1)])
     return found
 
@@ -94,7 +94,7 @@ def plainly():
 
 @contextmanager
 def watched(kind, when=lambda module: True):
-    """The shape of what enters, for each call of a module of this kind."""
+    """Records the shape of the input for each call of a module of this class."""
     shapes, own = [], kind.forward
 
     @functools.wraps(own)
@@ -115,7 +115,7 @@ def layers_of(model):
 
 @contextmanager
 def bodies(model):
-    """Calls of the model's own layers, but for those of a comparison."""
+    """Records calls of the model's own layers, except those of the comparison."""
     own = agreement.agree
     with watched(type(layers_of(model)[0])) as shapes, pytest.MonkeyPatch.context() as patch:
 
@@ -132,7 +132,7 @@ def bodies(model):
 
 
 def both(model, work):
-    """What `work` gives on the fast path and on the plain one; and it does take the two."""
+    """The results of `work` on the fast and the plain path; checks that each path really ran."""
     with bodies(model) as calls:
         fast = work()
         assert not calls, "the model's own forward was called"
@@ -143,7 +143,7 @@ def both(model, work):
 
 
 def refused(model, work):
-    """The same where the fast path must not be taken."""
+    """Checks that `work` does not take the fast path; returns its result and the plain one."""
     with bodies(model) as calls:
         found = work()
         assert calls, "the model's own forward was not called"
@@ -156,7 +156,7 @@ def apart(one, other):
 
 
 def write(model, prompts, pad_left, temperature=1.0, stops=STOPS):
-    """Ids, mask and log-probs of answers that end early in some rows."""
+    """Generates answers, some of which end early; returns ids, mask and logprobs."""
     return util.generate(
         model, *pad_left(prompts, 44), max_new_tokens=16, temperature=temperature,
         eos_token_id=stops, pad_token_id=PAD, generator=torch.Generator().manual_seed(3),
@@ -175,7 +175,7 @@ def gradients(model, loss_of):
 
 
 def loss_of(model, tokens):
-    """Something in which each log-prob and each entropy has a weight of its own."""
+    """A loss in which each logprob and each entropy has a different weight."""
     logprobs, entropy = util.response_logprobs(model, *tokens, temperature=0.8)
     weights = torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)
     return (weights * logprobs - 0.5 * weights.flip(0) * entropy).sum()
@@ -235,7 +235,7 @@ def test_answers(model, pad_left, prompts, temperature):
     fast, slow = both(model, lambda: write(model, prompts * 2, pad_left, temperature))
     assert same_answers(fast, slow)
     lengths = fast[1].sum(1).unique()
-    assert not temperature or len(lengths) > 2  # several left, at different times
+    assert not temperature or len(lengths) > 2  # answers end at different steps
     if temperature:
         scored, _ = util.response_logprobs(model, *pad_left(prompts * 2, 44), *fast[:2])
         assert (scored - fast[2]).abs().max() < 1e-4
@@ -245,7 +245,7 @@ def test_answers(model, pad_left, prompts, temperature):
 def test_a_prompt_that_is_to_be_answered_several_times_is_read_once(model, pad_left, prompts):
     several = [prompt for prompt in prompts for _ in range(5)]
     embedded = model.get_input_embeddings()
-    write(model, several, pad_left)  # the comparison of the first time reads more
+    write(model, several, pad_left)  # the first call also runs the comparison
     with watched(type(embedded), lambda module: module is embedded) as shapes:
         fast, slow = both(model, lambda: write(model, several, pad_left, stops=None))
     assert same_answers(fast, slow) and len({tuple(row) for row in fast[0].tolist()}) > 8
@@ -256,13 +256,13 @@ def test_a_prompt_that_is_to_be_answered_several_times_is_read_once(model, pad_l
 
 @torch.no_grad()
 def test_what_rows_have_in_common_at_their_start_is_read_once(model, pad_left, pad_right):
-    """A reward model reads pairs, GRPO groups: most of what they read is the same prompt."""
+    """Pairs of a reward model and groups of GRPO share prompts, so most of their tokens repeat."""
     tokens = *pad_left(ALIKE, 44), *pad_right(REPLIES, 44)
-    # Nobody reads the last column: it foresees nothing.
+    # The last column predicts nothing, so the fast path does not read it.
     texts = [prompt + answer[:3] for prompt, answer in zip(ALIKE, REPLIES)]
     different = {tuple(text[: n + 1]) for text in texts for n in range(len(text))}
     embedded = model.get_input_embeddings()
-    util.response_logprobs(model, *tokens)  # the comparison of the first time reads more
+    util.response_logprobs(model, *tokens)  # the first call also runs the comparison
     with watched(type(embedded), lambda module: module is embedded) as shapes:
         util.response_logprobs(model, *tokens)
     assert [shape.numel() for shape in shapes] == [len(different)] == [12]
@@ -276,12 +276,12 @@ def test_rotations_that_are_stretched_for_good(kind, tokens, pad_left):
     model = made("llama", rope_parameters=dict(rope_type=kind, factor=4.0, rope_theta=1e4) | more)
     fast, slow = both(model, lambda: util.response_logprobs(model, *tokens))
     assert apart(fast, slow) < 1e-4
-    assert apart(slow, util.response_logprobs(made("llama"), *tokens)) > 1e-2  # it does matter
+    assert apart(slow, util.response_logprobs(made("llama"), *tokens)) > 1e-2  # it has an effect
     assert same_answers(*both(model, lambda: write(model, PROMPTS, pad_left)))
 
 
 def adapted(name):
-    """A policy with an adapter that has something to say."""
+    """A policy with an adapter that changes its output."""
     shape = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_half_precision(model, tokens, pad_left):
         (fast, _), (slow, _) = both(model, lambda: util.response_logprobs(model, *tokens))
         written = write(model, PROMPTS * 2, pad_left)
         scored, _ = util.response_logprobs(model, *pad_left(PROMPTS * 2, 44), *written[:2])
-    assert fast.dtype == torch.float32 and (fast - exact).abs().max() > 1e-4  # halves they are
+    assert fast.dtype == torch.float32 and (fast - exact).abs().max() > 1e-4  # not float32
     error = (slow - exact).abs().max()
     assert (fast - exact).abs().max() < 3 * error and error < 0.3
     assert (scored - written[2]).abs().max() < 0.3
@@ -368,7 +368,7 @@ def test_dropout_acts_as_it_does_on_the_plain_path(name, part, pad_left, pad_rig
     model, quiet = made(name, **off | {part: 0.2}), made(name, **off).train()
     (calm, _), _ = both(quiet, lambda: util.response_logprobs(quiet, *tokens))
     still, _ = both(model, lambda: util.response_logprobs(model, *tokens)[0])
-    assert torch.equal(calm, still)  # as many as none in train mode, none at all in eval mode
+    assert torch.equal(calm, still)  # p = 0 in train mode and p > 0 in eval mode
 
     def spread():
         return torch.stack([util.response_logprobs(model, *tokens)[0] for _ in range(150)]).std(0)
@@ -382,7 +382,7 @@ def test_dropout_acts_as_it_does_on_the_plain_path(name, part, pad_left, pad_rig
 
 
 # ------------------------------------------------------------------------------------------------
-# Where the plain path has to do it
+# Cases for the plain path
 
 
 @torch.no_grad()
@@ -400,7 +400,7 @@ def test_rows_with_gaps_or_without_a_prompt(model, pad_left, pad_right):
         work = functools.partial(work, eos_token_id=None, pad_token_id=PAD)
         assert all(torch.equal(a, b) for a, b in zip(*refused(model, work)))
     first = torch.zeros_like(mask).scatter(1, mask.int().argmax(1, keepdim=True), True)
-    assert not mask[2].all() and fast_path.layout(ids, mask, first) is None  # before the gap, too
+    assert not mask[2].all() and fast_path.layout(ids, mask, first) is None  # also before the gap
 
 
 HOOKS = "forward_hook", "forward_pre_hook"
@@ -449,8 +449,8 @@ def test_recomputed_activations_stay_recomputed(name, tokens):
     model = made(name, **off)
     expected = gradients(model, lambda: loss_of(model, tokens))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()  # a hook, and of the embedding: the fast path calls it too
-    assert fast_path.decoder_of(model) is not None  # eval mode
+    model.enable_input_require_grads()  # a hook of the embedding, which the fast path calls too
+    assert fast_path.decoder_of(model) is not None  # in eval mode
     assert fast_path.decoder_of(model.train()) is None
     work = functools.partial(gradients, model, lambda: loss_of(model, tokens))
     fast, slow = refused(model, work)
@@ -478,14 +478,14 @@ def shifted(config):
 
 
 DYNAMIC = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
-ODD = {  # name: (family, what is odd)
+ODD = {  # name: (family, unusual setting)
     "window": ("mistral", dict(sliding_window=3)),
     "half a window": (
         "qwen2", dict(use_sliding_window=True, sliding_window=3, max_window_layers=1),
     ),
     "opt-350m": ("opt", dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
     "norms behind": ("opt", dict(do_layer_norm_before=False)),
-    # Eager, because the oldest releases forget these two in their other attention.
+    # Eager, because the oldest releases ignore these two settings in their other attention.
     "scaled by layer": (
         "gpt2", dict(scale_attn_by_inverse_layer_idx=True, attn_implementation="eager"),
     ),
@@ -508,11 +508,11 @@ def test_a_model_that_does_something_of_its_own(odd, tokens, pad_left):
     ):
         fast, slow = refused(model, lambda work=work: work(copy.deepcopy(model)))
         assert all(torch.equal(a, b) for a, b in zip(fast, slow))
-    if odd != "dynamic rope":  # which turns what it has read already another way
+    if odd != "dynamic rope":  # its cached keys are rotated differently
         ids, mask, logprobs = write(model, PROMPTS, pad_left)
         scored, _ = util.response_logprobs(model, *pad_left(PROMPTS, 44), ids, mask)
         assert (scored - logprobs).abs().max() < 1e-4
-    if family != "opt":  # the same weights, used in the usual way
+    if family != "opt":  # the same weights with usual settings
         usual = made(family)
         usual.load_state_dict(model.state_dict())
         found = util.response_logprobs(usual, *tokens), util.response_logprobs(model, *tokens)
@@ -524,7 +524,7 @@ def test_every_family_is_tested():
 
 
 # ------------------------------------------------------------------------------------------------
-# Products
+# Matrix products
 
 
 @pytest.mark.parametrize("width, quicker, inside", [
@@ -552,7 +552,7 @@ def test_products_have_to_be_faster_and_exact(monkeypatch, capsys, gain, exact):
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(matmul, "timed", timed)
-    if exact:  # whatever this machine's own "medium" does
+    if exact:  # independent of this machine's own "medium" precision
         monkeypatch.setattr(torch, "mm", lambda a, b: own(a.double(), b.double()).to(a.dtype))
     luck = torch.get_rng_state()
     assert matmul.onednn_is_better.__wrapped__(64) == (exact and gain > 1.2)
@@ -566,7 +566,7 @@ def test_products_have_to_be_faster_and_exact(monkeypatch, capsys, gain, exact):
 
 
 def other_rotary(patch):
-    """A release of transformers that turns pairs of numbers the other way round."""
+    """Imitates a release of transformers whose rotary embedding turns the other way."""
     from transformers.models.llama import modeling_llama
 
     rotate_half = modeling_llama.rotate_half
@@ -574,7 +574,7 @@ def other_rotary(patch):
 
 
 def other_layers(patch, **changes):
-    """The fast path of OPT with a layer that is not OPT's."""
+    """Makes the fast path of OPT compute a different layer."""
 
     def layers(body):
         decoder = fast_path.opt(body)
@@ -590,13 +590,13 @@ def other_activation(patch):
 
 
 def other_scale(patch):
-    """Queries that come out twice as large."""
+    """Doubles the queries of the fast path."""
     qkv = fast_path.qkv
     patch.setattr(fast_path, "qkv", lambda *args: (2 * (found := qkv(*args))[0], *found[1:]))
 
 
 def other_names(patch):
-    """A release that has renamed a part."""
+    """Imitates a release that renamed a module."""
 
     def layers(body):
         return body.decoder.final_norm
@@ -605,7 +605,7 @@ def other_names(patch):
 
 
 def other_gradients(patch):
-    """The same values, with half of a gradient."""
+    """Keeps the values and halves a gradient."""
 
     def halved(layer):
         def act(x):
@@ -627,7 +627,7 @@ WORKS = ["scoring", "generating", "values", "training"]
 
 
 def work_of(kind, name, tokens, pad_left):
-    """A fresh model, and what is to be compared as one list of tensors."""
+    """A fresh model and a function that returns the tensors to compare."""
     model = made(name, scorer=kind == "values")
     works = {
         "scoring": torch.no_grad()(lambda: util.response_logprobs(model, *tokens)),
@@ -661,7 +661,7 @@ def test_the_fast_path_steps_aside_where_the_models_own_forward_says_otherwise(
     assert said.count("\n") == said.count("The fast path is off for") == 1
     assert type(model).__name__ in said and reason in said and hf.__version__ in said
     untouched, usual = work_of(kind, "qwen2", tokens, pad_left)
-    if wrong is other_rotary:  # another model goes on as before
+    if wrong is other_rotary:  # other models still take the fast path
         both(untouched, usual)
 
 
@@ -675,7 +675,7 @@ def test_gradients_are_compared_too(monkeypatch, capsys, pad_left, pad_right):
     found = work()
     assert "its gradients are off by" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(found, own_work(model, work), strict=True))
-    refused(model, score)  # from here on everything is the model's own
+    refused(model, score)  # from here on it takes the plain path only
     assert not capsys.readouterr().out
 
 
@@ -736,7 +736,7 @@ def test_weights_in_half_precision_agree(name, dtype, tokens, pad_left, capsys):
     work = functools.partial(gradients, model, lambda: loss_of(model, tokens))
     fast, slow = both(model, work)
     fast, slow = (torch.cat([g.float().flatten() for g in x.values()]) for x in (fast, slow))
-    assert (fast - slow).norm() < 0.2 * slow.norm()  # single elements round further
+    assert (fast - slow).norm() < 0.2 * slow.norm()  # single elements have larger rounding errors
     both(model, lambda: write(model, PROMPTS, pad_left))
     assert not capsys.readouterr().out
 
@@ -756,7 +756,7 @@ OTHERS = {
 
 
 class Sizes(TorchDispatchMode):
-    """The number of elements of the largest tensor that anything returns."""
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     largest = 0
 
@@ -853,7 +853,7 @@ def test_the_tested_releases_begin_where_the_project_begins(root):
 @pytest.mark.slow
 @pytest.mark.parametrize("release", agreement.TESTED)
 def test_this_file_passes_with_the_oldest_and_the_newest_release(release, root, tmp_path):
-    """Needs the network: pip fetches transformers, and what it wants in another release."""
+    """Needs a network: pip installs transformers and the versions that it requires."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*pip, str(tmp_path), f"transformers=={release}"], check=True)
     needs = next(metadata.distributions(path=[str(tmp_path)])).requires

@@ -1,7 +1,8 @@
-"""Whatever stands in a file or in an answer: a clear refusal or a result, never a crash.
+"""Feeds random files to the reader and random answers to the judge: neither may crash.
 
-`FUZZ=100000 python -m pytest tests/test_fuzz.py -s` tries that many inputs on each. A failure
-names its index: `reader_input(index)` and `judge_input(index)` make the same input again.
+Each input must give a result or a clear error. `FUZZ=100000 python -m pytest tests/test_fuzz.py -s`
+tries that many inputs on each. A failure names the index of its input; `reader_input(index)` and
+`judge_input(index)` make the same input again.
 """
 
 import json
@@ -17,7 +18,7 @@ from lab.data import read_rows
 from lab.memory import peak_of_process
 
 FUZZ = int(os.environ.get("FUZZ", 1_500))
-SECONDS = 3  # for one input, on any machine; most take less than a thousandth of it
+SECONDS = 3  # the limit for one input on any machine; most need less than a thousandth of it
 FIELDS = ("prompt", "response", "chosen", "rejected")
 ALPHABETS = (
     "abc xyz.,?!",
@@ -58,7 +59,7 @@ def a_value(rng, depth=0):
 
 
 def a_row(rng):
-    """A good row most of the time; else with a field changed, lost, misnamed or added."""
+    """Usually a good row, otherwise one with a changed, missing, misnamed or extra field."""
     row = {name: f"{name} {rng.randint(0, 10**6)}" for name in FIELDS}
     if rng.random() < 0.2:
         row["prompt"] = some(rng, ("Human: hi Assistant:", "Assistant:", " hi ", "Human:"))
@@ -72,7 +73,7 @@ def a_row(rng):
 
 
 def mutated(rng, data):
-    """The bytes cut, flipped, doubled, overwritten, or with something strange inside."""
+    """The bytes with a random change: cut, flipped, doubled, overwritten or with odd text."""
     at, to = sorted(rng.randint(0, len(data)) for _ in range(2))
     strange = some(rng, (*TOKENS, noise(rng))).encode("utf-8", "surrogatepass")
     return some(
@@ -91,7 +92,7 @@ def mutated(rng, data):
 
 
 def reader_input(index):
-    """(bytes of a file, the fields it is read for)."""
+    """(bytes of a file, fields that the reader must find in it)."""
     rng = random.Random(f"reader {index}")
     needs = some(rng, (FIELDS[:1], FIELDS[:2], (*FIELDS[:1], *FIELDS[2:]), FIELDS))
     if rng.random() < 0.03:
@@ -102,8 +103,8 @@ def reader_input(index):
         some(rng, ("\n", "\n", "\r\n", "\r", "\n\n \n", noise(rng))),
     )
     texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
-    if rng.random() < 0.3:
-        texts = [re.sub(r"^{", '{"prompt": 0, "chosen": "", ', text) for text in texts]  # twice
+    if rng.random() < 0.3:  # two fields twice
+        texts = [re.sub(r"^{", '{"prompt": 0, "chosen": "", ', text) for text in texts]
     lines, many = end.join(texts), f"[{end}{(',' + end).join(texts)}{end}]"
     whole = json.dumps(rows, ensure_ascii=ascii_only, indent=1).replace(
         "\n", some(rng, ("\n", end))
@@ -118,7 +119,7 @@ def reader_input(index):
 
 
 def read_one(path, needs):
-    """ "read" or the kind of the refusal, after checking what came out."""
+    """Reads a file and checks the outcome; returns "read" or the kind of the error."""
     try:
         rows = read_rows(path, needs)
     except CourseError as error:
@@ -198,7 +199,7 @@ def an_expression(rng, columns, table, depth):
 
 
 def a_query(rng, columns, table, depth=3):
-    """A query that SQLite can make sense of, more or less."""
+    """A random query, most of which SQLite can parse."""
     depths = 0, 0, 0, 1, 1, depth
     a, b, c = (an_expression(rng, columns, table, some(rng, depths)) for _ in "abc")
     source = some(rng, [table] * 8 + [f"{table} a, {table} b", f"{table} a NATURAL JOIN {table} b"])
@@ -209,7 +210,7 @@ def a_query(rng, columns, table, depth=3):
 
 
 def changed(rng, text, columns, table):
-    """The text with a span of it replaced, doubled, lost, wrapped, or something behind it."""
+    """The text with a random change: a span replaced, doubled, removed, wrapped, or text added."""
     parts = re.findall(r"\w+|\W", text) or [""]
     at, to = sorted(rng.randint(0, len(parts)) for _ in range(2))
     head, span, tail = ("".join(part) for part in (parts[:at], parts[at:to], parts[to:]))
@@ -221,7 +222,7 @@ def changed(rng, text, columns, table):
 
 
 def judge_input(index):
-    """(a row to judge by, an answer, whether it ended)."""
+    """(row with the truth, answer to judge, whether the answer ended)."""
     rng = random.Random(f"judge {index}")
     kind = some(rng, (*world.KINDS, *["sql"] * 4))
     item = world.draw(rng, kind, "train", missing=0.1)
@@ -237,7 +238,7 @@ def judge_input(index):
 
 
 def judge_one(row, answer, ended):
-    """(what SQLite made of the answer, its worth), after checking both."""
+    """Checks the result of SQLite and the score of the judge; returns (kind of result, score)."""
     truth = row["truth"] if row["kind"] == "sql" else FARMS
     rows = next(iter(world.random_tables({"query": "", **truth})))
     result = world.run_sql(truth, rows, answer)

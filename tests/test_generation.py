@@ -1,4 +1,4 @@
-"""What `generate` promises, and the law its samples follow. The cache: test_families.py."""
+"""`generate`: its guarantees and the distribution of its samples. test_families.py: the cache."""
 
 import math
 
@@ -12,7 +12,7 @@ PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14], [33, 20], [11, 11, 11, 11],
 
 
 def run(model, prompts, pad_left, seed=None, **options):
-    """`generate` on lists of ids -> (lists of real answer ids, the three tensors)."""
+    """Runs `generate` on lists of ids; returns the real answer ids and the three tensors."""
     options = dict(max_new_tokens=12, eos_token_id=None, pad_token_id=PAD) | options
     luck = None if seed is None else torch.Generator().manual_seed(seed)
     ids, mask, logprobs = util.generate(model, *pad_left(prompts), generator=luck, **options)
@@ -28,7 +28,7 @@ def test_the_logprobs_of_sampling_are_those_of_scoring(model, pad_left, temperat
     scored, _ = util.response_logprobs(
         model, *pad_left(PROMPTS), ids, mask, temperature=temperature
     )
-    assert mask.sum(1).unique().numel() > 1  # lengths differ, or the test says little
+    assert mask.sum(1).unique().numel() > 1  # the test needs unequal lengths
     assert (scored - logprobs).abs().max() <= 1e-5
 
 
@@ -130,7 +130,7 @@ MANY, TINY = 20_000, 6
 
 
 def chi_square(counts, probs):
-    """Whether counts look drawn from probs: the statistic lies within 4 deviations of its mean."""
+    """Whether the chi-square statistic is less than 4 standard deviations above its mean."""
     kept = [(c, p * sum(counts)) for c, p in zip(counts, probs) if p * sum(counts) >= 5]
     rest = sum(counts) - sum(c for c, _ in kept), sum(counts) - sum(e for _, e in kept)
     kept += [rest] if rest[1] >= 5 else []
@@ -141,7 +141,7 @@ def chi_square(counts, probs):
 
 
 def probabilities(model, ids, temperature, keep=lambda ordered: ordered):
-    """The distribution of the next token; `keep` says which of the (prob, token) pairs remain."""
+    """The distribution of the next token. `keep` selects from the sorted (prob, token) pairs."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
     probs = (logits / temperature).softmax(-1).tolist()

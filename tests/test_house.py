@@ -1,5 +1,7 @@
-"""What protects users: a quiet import, arrows that go one way, clean notebooks, parameters that are
-read. How code looks is ruff's business alone: no edit of util.py turns a test red for its style.
+"""Checks what users rely on: importing util has no side effects, only lab/__main__.py imports util,
+public arguments keep their names and defaults, and the stored notebooks are clean.
+
+These tests do not check the style of util.py; ruff does.
 """
 
 import ast
@@ -34,7 +36,7 @@ def test_lab_knows_nothing_of_util_and_nobody_of_trl():
 
 
 SAMPLING = "max_new_tokens temperature top_k top_p eos_token_id pad_token_id generator"
-FACE = {  # name -> keyword-only arguments that users' own losses and notebooks call by name
+FACE = {  # name -> keyword-only arguments that notebooks and custom losses use
     "generate": SAMPLING,
     "response_logprobs": "temperature entropy",
     "masked_mean": "",
@@ -53,7 +55,7 @@ OPTIONAL = {"entropy": True, "unit": "token", "temperature": 1.0, "scale": True}
 
 @pytest.mark.parametrize("name", FACE)
 def test_what_was_called_still_means_what_it_meant(name):
-    """More arguments may come, with defaults; none goes, and no default changes."""
+    """New arguments need defaults. No argument may disappear, and no default may change."""
     arguments = inspect.signature(getattr(util, name)).parameters
     assert set(FACE[name].split()) <= arguments.keys()
     for argument in arguments.values():
@@ -146,7 +148,7 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    """All text a reader of the stored outputs sees, pictures left out."""
+    """Yields all text in the stored outputs, without pictures."""
     for output in cell["outputs"]:
         parts = [output.get("text", ""), *output.get("traceback", [])]
         for kind, value in output.get("data", {}).items():
@@ -177,7 +179,7 @@ def test_outputs_are_stored_without_errors(notebook):
     kinds = [output["output_type"] for cell in code_cells(notebook) for output in cell["outputs"]]
     assert kinds and "error" not in kinds
     counts = [cell["execution_count"] for cell in code_cells(notebook)]
-    assert counts == sorted(counts)  # one run from top to bottom
+    assert counts == sorted(counts)  # the notebook ran once from top to bottom
 
 
 def test_outputs_show_no_absolute_path_and_no_warning(notebook):

@@ -1,4 +1,4 @@
-"""A hub that is down, silent or talks rubbish, and a good one: what is said, and how soon."""
+"""Downloads from hubs that are down, silent, faulty or good: the message and the time it takes."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import util
 
 HOME = Path(__file__).resolve().parent.parent
-MAIN, BOT = "1" * 40, "2" * 40  # commits
+MAIN, BOT = "1" * 40, "2" * 40  # commits: of the branch main, and of the converter's pull request
 STATUS = {"absent": 404, "private": 401, "gated": 403, "busy": 429, "broken": 500}
 CODES = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}
-PATIENCE = 0.5  # seconds for a hub that says nothing, instead of the course's own
+PATIENCE = 0.5  # seconds to wait for a silent hub; the course's own limit is longer
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one model under many names; the part before the slash says what goes wrong."""
+    """Serves one model under many names. The part before the slash names the fault."""
 
     protocol_version = "HTTP/1.1"
 
@@ -57,7 +57,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def answer(self, question):
-        """What the hub knows about the model."""
+        """Sends a page of the hub's API about the model."""
         pages = {"": {"id": f"{self.fault}/net", "sha": MAIN, "private": False}}
         commits = [{"id": c, "title": "", "message": "", "date": DATE} for c in (BOT, MAIN)]
         pages["commits/main"] = [commit | {"authors": []} for commit in commits[1:]]
@@ -73,7 +73,7 @@ class Hub(BaseHTTPRequestHandler):
         self.reply(json.dumps(pages.get(question, {})).encode(), 200 if known else 404)
 
     def serve(self, revision, name):
-        """A file of the model."""
+        """Sends a file of the model."""
         commit = BOT if revision in (BOT, "refs%2Fpr%2F1") else MAIN
         data = self.server.files.get(name)
         if commit == MAIN and self.fault in ("pickle", "converted"):
@@ -137,7 +137,7 @@ for name in sys.argv[2:]:
 
 
 def ask(folder, endpoint, faults, patience=30):
-    """A process of its own, because the address of the hub is read at import."""
+    """Starts a process of its own, because the address of the hub is read at import."""
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: value for name, value in os.environ.items() if name not in offline} | {
         "PYTHONPATH": os.pathsep.join([str(HOME / "tests" / "blocked"), str(HOME)]),
@@ -164,7 +164,7 @@ SAID = {
     "broken": "the hub answered with status 500: try again later",
     "circle": "redirects",
     "short": r"received 1000 bytes, expected \d+|peer closed",
-    "pickle": "safetensors-convert",  # the hub's converter, out of reach here
+    "pickle": "safetensors-convert",  # the hub's converter, which is out of reach here
     "silent": "did not answer within 0.5 seconds: try again later",
     "slow": "did not answer within 0.5 seconds: try again later",
 }
@@ -184,13 +184,13 @@ def theirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the course ran: a root for each fault."""
+    """A folder with one course root for each fault."""
     return tmp_path_factory.mktemp("hub")
 
 
 @pytest.fixture(scope="module")
 def told(theirs, folder):
-    """What was said about each model."""
+    """{fault: the outcome of the download}."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads, server.over = True, threading.Event()
     server.files = {path.name: path.read_bytes() for path in theirs.iterdir()}
@@ -212,7 +212,7 @@ def told(theirs, folder):
             process.kill()
             out, errors = process.communicate()
         lines += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        print(errors)  # shown where a test fails
+        print(errors)  # pytest shows this if a test fails
     server.over.set()
     server.shutdown()
     return {line["name"].split("/")[0]: line for line in lines}
@@ -237,13 +237,13 @@ def test_tiny_takes_its_place_and_nothing_of_it_is_left(fault, told, folder):
 
 @pytest.mark.parametrize("fault", SAID)
 def test_nobody_waits_long(fault, told):
-    """Seconds on a quiet machine; without the clock a silent hub would be waited for for ever."""
+    """The limit allows for a busy machine. Without a timeout the course would wait for ever."""
     assert told[fault]["seconds"] < 20
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_model_of_a_good_hub_arrives_whole(name, told, theirs, folder):
-    """`converted` keeps its safetensors where the hub's own converter puts them."""
+    """`converted` has its safetensors only in the pull request of the hub's own converter."""
     assert told[name]["source"] == f"{name}/net" and not told[name]["error"]
     base = folder / name / "model" / "base"
     assert json.loads((base / "stage.json").read_text())["metrics"]["preset"] == "colab"

@@ -1,7 +1,7 @@
-"""Other models, other data: all five notebooks run, or one sentence says why not.
+"""Runs all five notebooks with other models and other data, or checks the error that says why not.
 
-Models are tiny and random, of shapes that are built by their config classes; their tokenizers are
-byte-level BPEs with the special tokens and the chat template of the family.
+The models are tiny and random, built from the config classes of their families. Their tokenizers
+are byte-level BPEs with the special tokens and the chat template of the family.
 """
 
 import itertools
@@ -56,7 +56,7 @@ SIZE = dict(num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=
 WIDE = SIZE | dict(hidden_size=32, intermediate_size=64, num_key_value_heads=1)
 OPT = SIZE | dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64)
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=256)
-MODELS = {  # name: config class, its numbers, special tokens, chat template, ends of generation
+MODELS = {  # name: (config class, its arguments, special tokens, chat template, stop tokens)
     "opt": (
         hf.OPTConfig, OPT, dict(bos="</s>", eos="</s>", pad="<pad>", starts=True), None, (),
     ),
@@ -82,7 +82,7 @@ MODELS = {  # name: config class, its numbers, special tokens, chat template, en
 
 
 def tokenizer_of(texts, template, *, eos, bos=None, pad=None, more=(), starts=False, spare=0):
-    """A byte-level BPE trained on the rows, with the habits of a family."""
+    """A byte-level BPE trained on the rows, with the special tokens and template of a family."""
     special = list(dict.fromkeys(filter(None, [pad, eos, bos, *more])))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner = Tokenizer(BPE())
@@ -90,7 +90,7 @@ def tokenizer_of(texts, template, *, eos, bos=None, pad=None, more=(), starts=Fa
     inner.decoder = decoders.ByteLevel()
     how = dict(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, **how))
-    if starts:  # every text begins with a bos, as Llama's, Gemma's and OPT's do
+    if starts:  # every text starts with a bos, as with Llama, Gemma and OPT
         first = dict(special_tokens=[(bos, inner.token_to_id(bos))])
         inner.post_processor = processors.TemplateProcessing(single=f"{bos} $A", **first)
     names = {"eos_token": eos, "bos_token": bos, "pad_token": pad}
@@ -100,7 +100,7 @@ def tokenizer_of(texts, template, *, eos, bos=None, pad=None, more=(), starts=Fa
 
 
 def make_model(name, texts, folder):
-    """A folder as a hub has it."""
+    """Saves a model and its tokenizer into a folder, with the files that a hub has."""
     kind, numbers, special, template, ends = MODELS[name]
     tokenizer = tokenizer_of(texts, template, **special)
     ids = dict(
@@ -126,7 +126,7 @@ def embedded(count, split):
 
 
 def several_turns(count, split):
-    """What came before stands in the prompt."""
+    """Rows whose prompts hold the earlier turns of a conversation."""
     for i in range(count):
         began = f"Human: Name a {split} {i}. Assistant: It is {i + 3}. Human: And {i % 7} more?"
         yield dict(prompt=f"{began} Assistant:", **answers(f"Then it is {i + 3 + i % 7}.", "No!"))
@@ -159,7 +159,7 @@ DATA = dict(
 
 
 def write_rows(data, folder):
-    """dataset/ of a course; returns its texts."""
+    """Writes dataset/ of a course; returns its texts."""
     texts = []
     folder.mkdir(parents=True)
     for name, split, count in (("train", "train", 80), ("eval", "eval", 12)):
@@ -183,7 +183,7 @@ FACTORS = {
 
 
 def cases():
-    """Every model with every data, and every other pair of values at least once."""
+    """Every model with every data set, and every other pair of values at least once."""
     for (i, model), (j, data) in itertools.product(enumerate(MODELS), enumerate(DATA)):
         algorithm = FACTORS["algorithm"][(i + j) % 4]
         yield model, data, algorithm, FACTORS["precision"][(i + j // 2) % 2], (i // 2 + j) % 2 * 4
@@ -215,7 +215,7 @@ def warm():
 
 
 def stops(data, algorithm):
-    """{notebook: the sentence with which it has to stop}"""
+    """{notebook: the error with which it must stop}"""
     if data != "pairless":
         return {}
     later = {"3_rlhf.ipynb": NO_PAIRS, "4_test.ipynb": NO_MODEL} if algorithm == "dpo" else {}
@@ -229,7 +229,7 @@ def test_the_notebooks_run(model, data, algorithm, precision, lora_rank, warm, t
     given |= dict(algorithm=algorithm, precision=precision, lora_rank=lora_rank)
     if algorithm in ("grpo", "rloo"):
         given["answers"] = 2
-    if data == "pairless":  # what an answer is worth says a rule, and values begin with the actor
+    if data == "pairless":  # a rule gives the reward; the value model starts from the actor
         given |= dict(reward="sentence", value_init="actor")
     said, expected = tmp_path / "said.txt", stops(data, algorithm)
     for notebook in NOTEBOOKS.values():

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process; pieces are as large as memory allows."""
+"""The process keeps memory that it frees, and pieces of an update are as large as memory allows."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from lab import CourseError, memory, notebook
 from lab.runs import Stage
 from util import Config
 
-# Pages that the system had to lend while 64 MB were filled anew, twenty times; then what is held.
+# Prints the page faults of filling 64 MB twenty times, then the MB that `give_back` returns.
 WORK = """
 import gc, resource, sys
 import psutil, torch
@@ -53,7 +53,7 @@ def test_the_same_block_is_not_asked_for_again_and_comes_back_on_demand():
     pages, returned = pages_and_returned("keep")
     assert returned > 60
     usual, nothing = pages_and_returned("as it comes")
-    assert usual > 300_000 and nothing < 4  # else nothing would be gained
+    assert usual > 300_000 and nothing < 4  # without "keep" there is something to gain
     assert pages < usual / 2
 
 
@@ -90,7 +90,7 @@ def test_large_models_tidy_up_before_each_update_and_small_ones_lose_no_time(act
     assert calls == [1]
 
 
-# ------------------------------------------------------------------------------------- in pieces
+# ---------------------------------------------------------------------------- updates in pieces
 
 ROWS = [
     {"prompt": f"Human: {question} Assistant:", "response": answer, "chosen": "yes", "rejected": ""}
@@ -104,7 +104,7 @@ ROWS = [
 
 @pytest.fixture
 def actor(tokenizer, make_model):
-    """(model, cfg, its loss, numbers of rows that the loss was asked for)"""
+    """(model, cfg, loss function, list of the row counts of its calls)"""
     model, seen = make_model("llama", len(tokenizer), initializer_range=0.05), []
     cfg = Config("smoke", device="cpu", max_prompt=30, max_new_tokens=8)
 
@@ -130,7 +130,7 @@ def kept_of(model, loss_of, rows):
 
 
 def limit_for(room, model):
-    """`memory` that leaves so many bytes beside weights, gradients and moments."""
+    """The value of `memory` that leaves `room` bytes besides weights, gradients and moments."""
     weights = sum(p.nbytes for p in model.parameters())
     return (memory.OVERHEAD + 4 * weights + room) / 1e9
 
@@ -179,7 +179,7 @@ def test_measuring_holds_no_memory_afterwards(actor):
     alive = []
 
     class Passes(torch.autograd.Function):
-        """Lives as long as what torch keeps for the backward pass."""
+        """Shows through a weak reference how long torch keeps the graph for the backward pass."""
 
         @staticmethod
         def forward(ctx, x):
@@ -230,7 +230,7 @@ def test_on_a_cpu_a_piece_is_no_larger_than_keeps_it_busy(actor, monkeypatch):
 
 def test_what_is_free_bounds_an_update_where_no_limit_is_given(actor, monkeypatch):
     model, cfg, loss_of, _ = actor
-    coming = 3 * sum(p.nbytes for p in model.parameters())  # gradients and moments
+    coming = 3 * sum(p.nbytes for p in model.parameters())  # memory for gradients and moments
     half = kept_of(model, loss_of, ROWS) / 2
     monkeypatch.setattr(memory, "free", lambda device: (coming + half) / 0.6)
     assert optimiser_of(model, cfg).update_size(ROWS, loss_of) < 8
@@ -267,7 +267,7 @@ def test_answers_and_scores_too_go_as_many_at_once_as_fit(text_model, tokenizer)
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory, root):
-    """A folder with base and actor."""
+    """A folder with a trained base and actor."""
     folder = tmp_path_factory.mktemp("course")
     (folder / "dataset").symlink_to(root / "dataset")
     for train in (util.train_base, util.train_actor):
@@ -285,7 +285,7 @@ def begin(course, tmp_path):
 
 
 def result(folder, stage):
-    """Weights, and metrics but for the clock."""
+    """The weights, and the metrics without times and memory."""
     model = folder / "model" / stage
     rows = map(json.loads, (model / "metrics.jsonl").read_text().splitlines())
     figures = [

@@ -1,4 +1,4 @@
-"""Models: log-probs as printed, dtypes are explicit, scores sit on the last real token."""
+"""Models: logprobs, explicit dtypes, and scores that are read at the last real token."""
 
 import json
 import math
@@ -18,12 +18,12 @@ def cfg():
 
 
 def four(pad_left, pad_right, junk=0, extra=0, prompts=PROMPTS, answers=ANSWERS):
-    """The four tensors of scoring, with `junk` and `extra` columns of it as padding."""
+    """The four tensors for scoring, padded with the id `junk` and `extra` more columns of it."""
     return *pad_left(prompts, junk, extra), *pad_right(answers, junk, extra)
 
 
 def alone(model, prompt, answer):
-    """Plain logits of one row without padding, (R, V): those that predict the answer."""
+    """The logits (R, V) that predict the answer, from one row without padding."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
     return logits[len(prompt) - 1 : -1]
@@ -74,7 +74,7 @@ def test_a_new_scorer_has_no_opinion_and_starts_from_the_actor(
 
 
 def opinionated(model, folder, cfg, seed=1):
-    """A scorer with a random head, made from the model."""
+    """A scorer with a random head and the body of the model."""
     model.save_pretrained(folder)
     scorer = util.load_scorer(folder, cfg)
     luck = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def test_a_score_depends_neither_on_padding_nor_on_what_follows(
         other = util.answer_scores(scorer, *four(pad_left, pad_right, answers=longer))
     assert torch.allclose(plain, padded, atol=1e-4)
     assert torch.allclose(plain, torch.cat(one_by_one), atol=1e-4)
-    assert (plain - other).abs().min() > 1e-3  # the last real token does count
+    assert (plain - other).abs().min() > 1e-3  # the last real token has an effect
 
 
 def test_values_know_only_what_stands_before(model, tmp_path, cfg, pad_left, pad_right):
@@ -111,7 +111,7 @@ def test_values_know_only_what_stands_before(model, tmp_path, cfg, pad_left, pad
         for b, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS)):
             text = prompt + answer
             for t in range(len(prompt), len(text)):
-                if t > 1:  # the score of a text that ends right before token t
+                if t > 1:  # the value equals the score of the text before token t
                     seen = dict(prompts=[text[: t - 1]], answers=[[text[t - 1]]])
                     score = util.answer_scores(scorer, *four(pad_left, pad_right, **seen)).item()
                     assert values[b, t - len(prompt)].item() == pytest.approx(score, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Half precision, its checks, and devices: what rounds, what is an error, where models lie."""
+"""Half precision and devices: rounding, the checks for errors, where models are placed."""
 
 import json
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def crew_of(tokenizer, family="gpt2"):
 
 
 # ------------------------------------------------------------------------------------------------
-# The first ratio
+# The ratio of the first update
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -114,7 +114,7 @@ def test_of_several_pieces_the_worst_quantile_counts(tokenizer):
 
 
 class Products(TorchDispatchMode):
-    """The dtypes in which matrices are multiplied."""
+    """Records the dtypes of all matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def course(tokenizer, write_rows, tmp_path):
-    """Actor and critic of a small course, and its rows."""
+    """A small course with an actor and a critic."""
     rows = [
         {"prompt": p, "response": "It is.", "chosen": "It is so.", "rejected": f"No {i}."}
         for i, p in enumerate(PROMPTS * 4)
@@ -185,7 +185,7 @@ def test_auto_is_what_the_device_multiplies_fast(monkeypatch):
     for capability, bf16, expected in (
         ((8, 0), True, "bf16"),  # A100
         ((7, 5), False, "fp16"),  # T4
-        ((6, 1), False, "float32"),  # its half precision is slower than none
+        ((6, 1), False, "float32"),  # half precision is slower than float32 here
     ):
         gpu(monkeypatch, capability, bf16)
         assert models.precision(cfg) == expected
@@ -194,7 +194,7 @@ def test_auto_is_what_the_device_multiplies_fast(monkeypatch):
 
 
 def test_a_frozen_model_lies_in_half_on_a_gpu_and_says_the_same_bits(tokenizer, monkeypatch):
-    """Stubbed: the model stays on the CPU, and only says that it does not."""
+    """The model stays on the CPU and only reports a GPU as its device."""
     cfg = config(precision="bf16")
     whole, half = (random_model("llama", len(tokenizer), tie_word_embeddings=True) for _ in "ab")
     monkeypatch.setattr(type(half), "device", property(lambda model: torch.device("cuda:0")))
@@ -211,12 +211,12 @@ def test_a_frozen_model_lies_in_half_on_a_gpu_and_says_the_same_bits(tokenizer, 
 
 
 # ------------------------------------------------------------------------------------------------
-# Generation leaves no trace
+# Generation restores the state of the model
 
 
 def test_after_an_exception_every_part_is_in_its_mode_again(tokenizer, pad_left, monkeypatch):
     model = random_model("gpt2", len(tokenizer)).train()
-    model.transformer.h[0].eval()  # parts need not agree
+    model.transformer.h[0].eval()  # modules may have different modes
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = [module.training for module in model.modules()]
     ids, mask = pad_left([[5, 6, 7], [8]])
@@ -240,7 +240,7 @@ def test_after_an_exception_every_part_is_in_its_mode_again(tokenizer, pad_left,
 
 
 class NoDoubles(TorchDispatchMode):
-    """A device without float64, such as Apple's; random numbers are drawn on the host."""
+    """Imitates a device without float64, such as Apple's. Random numbers come from the host."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -264,7 +264,7 @@ def test_generation_needs_no_float64_where_there_is_none(text_model, tokenizer, 
 
 
 def test_the_largest_random_number_never_leaves_the_vocabulary():
-    """0.9999999999 is 1 in float32, and 1 lies behind the last token that is possible."""
+    """0.9999999999 rounds to 1 in float32, which is beyond the last possible token."""
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     uniforms = torch.tensor([1 - 2**-24])
     assert util.pick(logits, uniforms, 1.0, 0, 1.0)[0].item() == 1
@@ -281,7 +281,7 @@ def test_one_place_decides_the_device(monkeypatch):
 
 
 def test_everything_is_loaded_where_the_parameters_say_and_nothing_moves_it(course, monkeypatch):
-    """A stub stands for the second device: every way to it is noted down, none is gone."""
+    """A stub replaces the second device; it records each move of a model and moves nothing."""
     there, moved = torch.device("cuda:1"), []
     monkeypatch.setattr(models, "find_device", lambda name: there)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What README and docs/ show works as it stands there."""
+"""Runs the code of README and docs/ as it is printed there."""
 
 import json
 import re
@@ -19,14 +19,14 @@ SMALL = dict(
 
 
 def block(begins):
-    """The Python block that holds this text."""
+    """The only Python block that contains this text."""
     (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if begins in code]
     return code
 
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A course up to the critic, with 300 rows."""
+    """A course with 300 rows, trained up to the critic."""
     folder = tmp_path_factory.mktemp("readme")
     data = Path(__file__).resolve().parents[1] / "dataset"
     (folder / "dataset").mkdir()
@@ -41,7 +41,7 @@ def course(tmp_path_factory):
 
 @pytest.fixture
 def here(course, tmp_path, monkeypatch):
-    """The folder of somebody who tries the README's text."""
+    """A copy of the course as the current folder, for running code of the README."""
     shutil.copytree(course, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Stopped at any moment and run again: the same bits as never stopped.
+"""A run that was stopped at any moment and resumed gives the same bits as one without a stop.
 
 `KILLS=20 python -m pytest tests/test_resume.py -k kill` kills every stage twenty times.
 """
@@ -32,7 +32,7 @@ def train(folder, stage, **changes):
 
 
 def in_child(folder, stage, **changes):
-    """Trains in a process of its own, to be killed; no import to wait for."""
+    """Trains in a forked process that a test can kill; a fork needs no time for imports."""
     child = os.fork()
     if child == 0:
         try:
@@ -47,7 +47,7 @@ def in_child(folder, stage, **changes):
 
 
 def result(folder, stage):
-    """Everything a stage leaves, but for the clock."""
+    """All output of a stage, without times and memory."""
     model = folder / "model" / stage
     lines = (model / "metrics.jsonl").read_text().splitlines()
     metrics = [
@@ -62,7 +62,7 @@ def result(folder, stage):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, root):
-    """A folder in which all stages ran without being stopped, and how long each took."""
+    """A folder in which all stages ran without a stop, and the seconds that each took."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "dataset").symlink_to(root / "dataset")
     seconds = {}
@@ -75,7 +75,7 @@ def finished(tmp_path_factory, root):
 
 @pytest.fixture
 def begin(finished, tmp_path):
-    """A folder that holds just the inputs of a stage."""
+    """Makes a folder with only the inputs of a stage."""
 
     def make(stage, name="run"):
         folder = tmp_path / name
@@ -146,7 +146,7 @@ def test_killed_in_the_middle_of_a_save_nothing_is_lost(finished, begin, monkeyp
     assert result(folder, "rlhf") == result(finished[0], "rlhf")
 
 
-LAST_SAVES = {  # what a stage writes at its end, file by file: the folders that a kill leaves
+LAST_SAVES = {  # stage: (parameters, subfolders of its last save)
     "actor": (dict(lora_rank=4, actor_epochs=1), {"adapter"}),
     "critic": (dict(lora_rank=4, ensemble=2), {"adapter", "member-1"}),
 }
@@ -154,7 +154,7 @@ LAST_SAVES = {  # what a stage writes at its end, file by file: the folders that
 
 @pytest.fixture(scope="module")
 def unstopped(finished, tmp_path_factory):
-    """What `LAST_SAVES` end in without a kill, and how often each writes weights or a tokenizer."""
+    """For each of `LAST_SAVES`: the result without a kill, and how often `act` is called."""
     found = {}
     for stage, (changes, _) in LAST_SAVES.items():
         folder, calls = tmp_path_factory.mktemp(stage), []
@@ -167,7 +167,7 @@ def unstopped(finished, tmp_path_factory):
 
 
 def at_each_write(patch, act):
-    """Calls `act` with the folder after each part of the result, and half-way through it."""
+    """Calls `act` with the folder in the middle and at the end of each write of the result."""
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -175,7 +175,7 @@ def at_each_write(patch, act):
         write = kind.save_pretrained
 
         def writes(self, folder, *args, write=write, **more):
-            if ".partial" not in str(folder):  # another place, for other readers
+            if ".partial" not in str(folder):  # not a part of the result
                 return write(self, folder, *args, **more)
             os.makedirs(folder, exist_ok=True)
             open(os.path.join(folder, "half"), "w").close()

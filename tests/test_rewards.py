@@ -1,4 +1,4 @@
-"""Rewards: named, weighed and added; of several models; of one's own. And losses of one's own."""
+"""Named, weighted and summed rewards, several reward models, and custom rewards and losses."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def small(root, **changes):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Writes a module into the folder one stands in; it is forgotten afterwards."""
+    """Writes a module into the current folder; it is removed from sys.modules afterwards."""
     monkeypatch.chdir(tmp_path)
     written = []
 
@@ -292,7 +292,7 @@ def test_all_models_of_a_reward_are_found(finished):
 
 @pytest.fixture
 def begin(finished, tmp_path):
-    """A course whose next notebook is 3_rlhf."""
+    """A course that is ready for 3_rlhf."""
     root = tmp_path / "course"
     (root / "model").mkdir(parents=True)
     for name in ("dataset", "model/base", "model/actor", "model/critic"):
@@ -321,7 +321,7 @@ def test_the_parts_of_a_reward_stand_in_the_metrics(begin, monkeypatch):
     assert metrics["reward_length"] == pytest.approx(sum(len(t.split()) for t in texts) / 8)
     assert metrics["reward_sentence"] == pytest.approx(sum(parts["sentence"]) / 8)
     model = np.array(parts["model"])
-    assert metrics["reward_model"] == pytest.approx(model.mean(), rel=1e-5)  # six digits
+    assert metrics["reward_model"] == pytest.approx(model.mean(), rel=1e-5)  # equal to six digits
     columns = parts["model"], parts["length"], parts["sentence"]
     assert scores.tolist() == pytest.approx([m - 0.5 * n + 2 * s for m, n, s in zip(*columns)])
     line = json.loads((begin / "model" / "rlhf" / "metrics.jsonl").read_text())
@@ -412,7 +412,7 @@ def reinforce(crew, rollout, cfg, rows):
 
 
 def trained(root, loss=None, **changes):
-    """The curves and the weights of a short run."""
+    """The metrics and the weights of a short run."""
     cfg = small(root, reward="length", **changes)
     history = list(util.train_rlhf(cfg, algorithm=loss))
     return history, load_file(root / "model" / "rlhf" / "model.safetensors")
@@ -509,7 +509,7 @@ def test_the_critic_is_needed_only_where_it_is_named(reward, needs):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo"])
 def test_the_kl_in_the_loss_is_one_that_acts(algorithm):
-    """k1's gradient is zero on average: it is never the default there, and it is refused."""
+    """The gradient of k1 is zero on average, so as a loss it is neither the default nor allowed."""
     assert util.Config(algorithm=algorithm, kl_in="loss").kl_estimator == "k3"
     assert util.Config(algorithm=algorithm).kl_estimator == "k1"
     with pytest.raises(CourseError, match="kl_estimator = 'k1' is impossible: with kl_in = loss"):
@@ -518,7 +518,7 @@ def test_the_kl_in_the_loss_is_one_that_acts(algorithm):
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_the_kl_in_the_loss_pulls_towards_the_reference(estimator):
-    """The expected gradient over all tokens of a small vocabulary, weighted by the policy."""
+    """Checks the expected gradient: the sum over a small vocabulary, weighted by the policy."""
     logits = torch.tensor([0.9, -0.3, 0.1, -1.2], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-0.4, 0.7, 0.2, 0.1], dtype=torch.float64).log_softmax(-1)
     policy = logits.log_softmax(-1)
@@ -555,7 +555,7 @@ def test_the_code_of_a_function_tells_it_apart():
 
 @pytest.mark.parametrize("what", ["reward", "algorithm"])
 def test_a_stopped_run_goes_on_with_the_same_function_only(what, begin):
-    """A lambda has no name of its own: its code is compared."""
+    """Functions without a name of their own are compared by their code."""
     cfg = small(begin, algorithm="rloo", answers=4, rollout=8, steps=3, checkpoint_minutes=0)
 
     def given(weight):

@@ -1,4 +1,4 @@
-"""Trouble while training: memory, numbers that are none, answers that go wrong."""
+"""Problems during training: memory runs out, a loss is nan, answers degenerate."""
 
 import copy
 import errno
@@ -37,7 +37,7 @@ def cfg():
 
 @pytest.fixture
 def crew(tokenizer, make_model):
-    """Policy and reference differ a little; the reward is the length of an answer."""
+    """Policy and reference differ a little. The reward is the length of an answer."""
     models = (make_model("opt", len(tokenizer), seed=seed, init_std=0.05) for seed in range(3))
     policy, reference, value = models
     with torch.random.fork_rng(devices=[]):
@@ -70,7 +70,7 @@ def test_a_rollout_in_pieces_is_the_rollout_in_one(crew, cfg, size):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-4), name
 
 
-# Where the means of a loss are taken over tokens, a piece counts by its tokens; else by its rows.
+# If a loss is a mean over tokens, a piece is weighted by its tokens, otherwise by its rows.
 VARIANTS = {
     "token": dict(loss_mean="token"),
     "answer": dict(loss_mean="answer"),
@@ -84,7 +84,7 @@ GROUPS = {"grpo": dict(answers=4), "rloo": dict(answers=4)}
 
 
 def loss_of_pairs(crew, cfg, monkeypatch):
-    """The rows and the loss that DPO hands to its optimiser."""
+    """The rows and the loss function that DPO passes to its optimiser."""
     taken = []
 
     class Takes(util.Optimiser):
@@ -104,7 +104,7 @@ def loss_of_pairs(crew, cfg, monkeypatch):
 
 
 def ragged(rollout, cfg):
-    """The rollout with answers cut to lengths of 1 to 8 tokens, some ratios beyond the clip."""
+    """Cuts the answers of a rollout to 1 to 8 tokens and moves some ratios beyond the clip."""
     prompt_ids, prompt_mask, ids, whole = rollout.tokens
     mask = torch.arange(8) < torch.tensor([8, 1, 5, 2, 7, 3, 1, 8])[:, None]
     assert whole.shape == mask.shape and whole.all(), "nothing but the cut ends an answer here"
@@ -120,14 +120,14 @@ def ragged(rollout, cfg):
 
 
 def losses(crew, cfg, name, monkeypatch):
-    """A loss of the course as (models, rows, loss_of)."""
+    """(models, rows, loss_of) for one loss of the course."""
     if name == "sft":
 
         def sft(rows):
             return util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
 
         return [crew.policy], ROWS, sft
-    if name == "critic":  # two members, each with an order of its own
+    if name == "critic":  # two members, each with its own order of rows
         members = [crew.value_model, copy.deepcopy(crew.value_model)]
 
         def critic(batch):
@@ -160,7 +160,7 @@ PAIRS = {
 def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
     crew, name, variant, dtype, monkeypatch
 ):
-    """One piece, two of 4, three with a rest, eight of 1: also when answers differ in length."""
+    """Pieces of 8, 4, 3 and 1 rows give the same gradient, also for answers of unequal lengths."""
     given = dict(dpo_batch=8) | (VARIANTS | PAIRS)[variant]
     algorithm = name if name in util.LOSSES or name == "dpo" else "ppo"
     sizes = dict(device="cpu", max_prompt=30, max_new_tokens=8, algorithm=algorithm, rollout=8)
@@ -179,7 +179,7 @@ def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
     for size in (4, 3, 1):
         off = (gradients[8] - gradients[size]).norm() / gradients[8].norm()
         assert off <= 1e-6, size
-        for key in stats[size].keys() - {"ratio_error_q99"}:  # that of the worst piece
+        for key in stats[size].keys() - {"ratio_error_q99"}:  # the worst piece sets it
             assert stats[size][key] == pytest.approx(stats[8][key], rel=1e-5, abs=1e-6), key
 
 
@@ -258,7 +258,7 @@ def test_leaving_the_gpu_takes_moments_and_sizes_along(crew, cfg):
 
 
 def tight_from_the_start(monkeypatch):
-    """Memory ends where more than three rows are read."""
+    """Memory runs out as soon as more than three rows are read."""
     whole = util.pad
 
     def pad(sequences, *more):
@@ -270,7 +270,7 @@ def tight_from_the_start(monkeypatch):
 
 
 def tight_in_the_middle(monkeypatch):
-    """Memory ends where more than three answers are being written, at their third token."""
+    """Memory runs out at the third token if more than three answers are being generated."""
     whole, tokens = util.pick, []
 
     def pick(logits, *more):
@@ -286,7 +286,7 @@ TIGHT = [tight_from_the_start, tight_in_the_middle]
 
 
 def alike(found, expected):
-    """The same words, and numbers that differ by rounding alone."""
+    """Asserts equal texts, and numbers that differ by rounding only."""
     if isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
         for one, other in zip(found, expected):
@@ -300,7 +300,7 @@ def alike(found, expected):
 
 
 def passes(crew, cfg):
-    """The passes without gradients by name."""
+    """{name: function} for every pass without gradients."""
     critic = crew.value_model
 
     def scale():
@@ -359,15 +359,15 @@ def test_the_reference_of_dpo_survives_little_memory_as_well(crew, cfg, monkeypa
     assert taken[0] == pytest.approx(taken[1], abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------- no number
+# --------------------------------------------------------------------------- nan and infinity
 
 
 def spoilt(crew, cfg, when):
-    """The SFT loss, but no number at the calls in `when`."""
+    """The SFT loss, but nan at the calls in `when`."""
     calls = []
 
     def loss_of(rows):
-        if len(rows) > 1:  # one is measured first
+        if len(rows) > 1:  # the first call measures a single row
             calls.append(1)
         loss, weight, stats = util.sft_loss(crew.policy, crew.tokenizer, cfg, rows)
         return loss * (math.nan if len(calls) in when else 1), weight, stats
@@ -392,7 +392,7 @@ def test_a_loss_that_is_no_number_changes_nothing_and_is_counted(crew, cfg):
 def test_a_gradient_that_is_no_number_counts_as_well(crew, cfg):
     def loss_of(rows):
         first = next(crew.policy.parameters())
-        return (first * 0).abs().sqrt().sum(), 1, {}  # 0, with a slope of nan
+        return (first * 0).abs().sqrt().sum(), 1, {}  # the loss is 0 and its gradient is nan
 
     optimiser = util.Optimiser(cfg, [(crew.policy, 1e-3)], 10, batch=8)
     assert optimiser.step([1], loss_of, 0)["skipped"] == 1

@@ -1,4 +1,4 @@
-"""Artifacts: published whole or not at all, and every mistake names the notebook that mends it."""
+"""Artifacts are published whole or not at all, and every error names the notebook to run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CHAIN = {"base": (), "actor": ("base",), "critic": ("actor",), "rlhf": ("actor",
 
 
 def make(root, name, weights="w", data=()):
-    """A finished stage whose weights are this text."""
+    """Makes a finished stage with this text as its weights."""
     with Stage(root, name, {"seed": 0}, CHAIN[name], data) as stage:
         (stage.folder / "model.safetensors").write_text(f"{name} {weights}")
         (stage.folder / "config.json").write_text("{}")
@@ -36,14 +36,14 @@ def make(root, name, weights="w", data=()):
 
 @pytest.fixture
 def course(tmp_path):
-    """Four finished stages."""
+    """A folder with four finished stages."""
     for name in CHAIN:
         make(tmp_path, name)
     return tmp_path
 
 
 def everything(root):
-    """Each visible file below model/ and what it holds."""
+    """{path: content} of each visible file below model/."""
     files = [path for path in (root / "model").rglob("*") if path.is_file()]
     shown = [
         path for path in files if not path.relative_to(root / "model").parts[0].startswith(".")
@@ -204,7 +204,7 @@ def test_a_course_error_is_one_sentence_in_jupyter():
 
 
 def stop_at_rename(monkeypatch, number):
-    """The process dies at the `number`-th rename."""
+    """Interrupts the process at the `number`-th rename."""
     done, real = [], os.replace
 
     def replace(*args):
@@ -286,7 +286,7 @@ def test_a_copied_course_still_works(course, tmp_path_factory):
 
 
 def ways_to_read(root):
-    """Whatever looks at a finished stage; each gives what it found, or raises."""
+    """Every way to read a finished stage; each returns what it read or raises."""
     return [
         lambda: read_record(root, "actor")["id"],
         lambda: artifact(root, "actor"),
@@ -331,7 +331,7 @@ def test_an_artifact_that_is_replaced_while_it_is_read_is_read_anew(course, monk
 
     def slow(*paths):
         calls.append(paths)
-        if len(calls) == 1:  # the record has been read, its weights have not
+        if len(calls) == 1:  # the record has been read, but not yet the weights
             make(course, "actor", "new")
         return digest(*paths)
 
@@ -349,7 +349,7 @@ def test_whoever_is_missing_is_missed_at_once_although_a_run_has_begun(tmp_path)
 
 
 def forked(work):
-    """Starts `work` in a process of its own."""
+    """Runs `work` in a forked process."""
     child = os.fork()
     if child == 0:
         try:
@@ -368,7 +368,7 @@ def status(child):
 
 
 def write_in_a_loop(root, seconds):
-    """Artifacts whose files differ in names and contents; each tenth writer dies in the gap."""
+    """Publishes artifacts with different files; every tenth writer dies before its last rename."""
 
     def publish(number, dies=False):
         replace = os.replace
@@ -417,7 +417,7 @@ def test_readers_beside_a_writer_never_fail(course):
 
 
 class Trained:
-    """What `Stage.steps` needs of an optimiser: two models, AdamW, a dict."""
+    """A minimal optimiser for `Stage.steps`: two models, AdamW and a dict of state."""
 
     def __init__(self, layer=torch.nn.Linear, fused=True):
         torch.manual_seed(0)
@@ -437,7 +437,7 @@ class Trained:
 
 
 def train(root, total=6, minutes=0, optimiser=None, each=lambda step: None):
-    """A training whose steps draw from every kind of luck; yields what they drew."""
+    """A training loop whose steps draw from every random generator; yields the numbers."""
     optimiser = optimiser or Trained()
     with Stage(root, "base", {}, minutes=minutes) as stage:
         for step in stage.steps(total, optimiser):
@@ -492,7 +492,7 @@ def test_only_what_learns_is_kept_and_tied_weights_once(tmp_path):
     learning = [p for p in model.parameters() if p.requires_grad]
     optimiser = SimpleNamespace(models=[model], adamw=torch.optim.AdamW(learning), state={})
     model["norm"](model["read"](torch.rand(4, 2)))
-    checkpoints.write(tmp_path / "c", optimiser)  # before the first step: there are no moments
+    checkpoints.write(tmp_path / "c", optimiser)  # before the first step there are no moments
     saved = load_file(tmp_path / "c" / "model-0.safetensors")
     norms = {f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")}
     assert saved.keys() == {"read.weight", "norm.num_batches_tracked"} | norms
@@ -507,7 +507,7 @@ def test_only_what_learns_is_kept_and_tied_weights_once(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until somebody moves it."""
+    """A fake clock that moves only when a test changes it."""
     now = SimpleNamespace(time=0.0)
     fake = SimpleNamespace(
         perf_counter=lambda: now.time, monotonic=time.monotonic, sleep=time.sleep
@@ -517,7 +517,7 @@ def clock(monkeypatch):
 
 
 def saves(root, clock, monkeypatch, total, minutes, step_seconds, save_seconds=lambda: 0):
-    """After which steps a training of that pace writes checkpoints."""
+    """The steps after which a training of that speed writes checkpoints."""
     steps, save = [], Stage.save
 
     def slow(stage, optimiser, step):
@@ -581,7 +581,7 @@ def test_a_damaged_checkpoint_does_not_crowd_out_the_whole_one(tmp_path, monkeyp
     folder = tmp_path / "model" / ".base.checkpoints"
     assert kept(tmp_path) == ["step-00000002", "step-00000003"]
     os.truncate(folder / "step-00000003" / "adamw.safetensors", 10)
-    with monkeypatch.context() as patch, pytest.raises(OSError):  # and the next save fails as well
+    with monkeypatch.context() as patch, pytest.raises(OSError):  # the next save fails too
         patch.setattr(checkpoints, "write", lambda *_: (_ for _ in ()).throw(OSError))
         list(train(tmp_path))
     assert kept(tmp_path) == ["step-00000002"]
@@ -622,14 +622,14 @@ def test_a_stop_before_the_last_step_saves_at_once(tmp_path):
 
 
 class Stays(torch.nn.Linear):
-    """A layer that nobody may move."""
+    """A layer that fails if something moves it."""
 
     def _apply(self, *_, **__):
         raise AssertionError("a model was moved")
 
 
 class Elsewhere(torch.nn.Parameter):
-    """A weight that says it lies on cuda:1, where there is no GPU."""
+    """A weight that reports the device cuda:1 on a machine without a GPU."""
 
     device = torch.device("cuda", 1)
 

@@ -1,4 +1,4 @@
-"""What strangers wrote (checkpoints, models, data, answers) is read and shown, never run."""
+"""Code in checkpoints, models, data and answers of strangers is never run."""
 
 import contextlib
 import html.parser
@@ -28,7 +28,7 @@ from lab.runs import CourseError, Stage
 
 
 class Evil:
-    """Unpickled, it leaves a file behind."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -39,12 +39,12 @@ class Evil:
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that only the code of a stranger makes."""
+    """The path of a file that exists only if the code of a stranger ran."""
     return tmp_path / "executed"
 
 
 # ------------------------------------------------------------------------------------------------
-# Pickles: in a checkpoint, in a model
+# Pickles in checkpoints and models
 
 
 def plain(evil, path):
@@ -60,7 +60,7 @@ def legacy(evil, path):
 
 
 def tar(evil, path):
-    """As torch wrote before version 0.1."""
+    """Writes the tar format of torch before version 0.1."""
     parts = {"storages": (0, []), "tensors": (0,), "pickle": (evil,)}
     with tarfile.open(path, "w") as archive:
         for name, objects in parts.items():
@@ -89,7 +89,7 @@ def pretrain(folder, **changes):
 
 @pytest.fixture
 def checkpoint(tmp_path, root):
-    """The last checkpoint of a run that was stopped."""
+    """The last checkpoint of a stopped run."""
     (tmp_path / "dataset").symlink_to(root / "dataset")
     run = pretrain(tmp_path)
     while next(run)["step"] < 2:
@@ -100,7 +100,7 @@ def checkpoint(tmp_path, root):
 
 
 def swap(folder, name, disguise, evil, instead_of=None):
-    """Puts a pickle into a checkpoint, whose own list of files agrees."""
+    """Puts a pickle into a checkpoint and updates its list of files to match."""
     if instead_of:
         (folder / instead_of).unlink()
     disguise(evil, folder / name)
@@ -145,7 +145,7 @@ def test_a_pickle_that_no_checkpoint_has_is_not_read(name, checkpoint, marker, t
 
 @pytest.fixture
 def model(tmp_path):
-    """A model somebody brings along, in a folder of its own: a small GPT-2 and its tokenizer."""
+    """The folder of a user's model: a small GPT-2 and its tokenizer."""
     folder = tmp_path / "theirs" / "model"
     tokenizer = util.train_tokenizer(["one two three four"] * 4, 300)
     shape = GPT2Config(
@@ -162,7 +162,7 @@ def take(model, **changes):
 
 
 def refused(model):
-    """What is said when a model is not taken; tiny takes its place."""
+    """Checks that the course refuses the model and falls back to tiny; returns the error."""
     with pytest.raises(CourseError, match="does not load") as error:
         take(model, fallback=False)
     source, why = take(model)
@@ -206,12 +206,12 @@ def test_other_pickles_beside_a_model_are_not_read(model, marker):
 
 
 # ------------------------------------------------------------------------------------------------
-# Code: of a model, of a tokenizer, of a data set
+# Code of models, tokenizers and data sets
 
 
 @pytest.fixture
 def script(marker):
-    """Source code that leaves a file behind, whatever class is asked of it."""
+    """Source code that creates the marker file when it is imported."""
     return f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Evil: pass\n"
 
 
@@ -243,7 +243,7 @@ def test_the_code_of_a_known_model_is_not_run(model, script, marker):
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_the_code_of_a_tokenizer_is_not_run(family, model, script, marker):
-    if family == "bloom":  # transformers has no tokenizer class for it, and would ask
+    if family == "bloom":  # transformers has no tokenizer class for it and would ask the user
         shape = BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)
         BloomForCausalLM(shape).save_pretrained(model)
     (model / "tokenization_evil.py").write_text(script)
@@ -273,7 +273,7 @@ ESCAPES = {
     "{% set _ = messages.append({'role': 'x', 'content': 'planted'}) %}",
 }
 HI = "Human: Hi Assistant:"
-HARMFUL = ("globals", "joiner", "lipsum", "attr")  # where nothing guards them
+HARMFUL = ("globals", "joiner", "lipsum", "attr")  # these do harm without the sandbox
 
 
 @pytest.mark.parametrize("name", HARMFUL)
@@ -285,7 +285,7 @@ def test_these_templates_do_harm_where_nothing_guards_them(name, marker):
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_chat_template_gets_out_of_nothing(name, model, marker, write_rows):
-    """It is used, as a model was trained on it, in the sandbox that transformers has for it."""
+    """The course uses the template of a model, in the sandbox that transformers provides."""
     template = "{{ messages[0].content }}" + ESCAPES[name].replace("MARKER", str(marker))
     (model / "chat_template.jinja").write_text(template)
     root = write_rows([{"prompt": HI}])
@@ -322,7 +322,7 @@ def test_scripts_beside_the_data_are_not_run(script, marker, write_rows):
 
 
 # ------------------------------------------------------------------------------------------------
-# Answers: in the report, in a notebook
+# Answers in the report and in a notebook
 
 EVIL_TEXTS = [
     "<script>document.title='taken over'</script>",
@@ -340,7 +340,7 @@ BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable microso
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds: its elements, and its text as a reader sees it."""
+    """Parses a page into its elements and its visible text."""
 
     def __init__(self, page):
         super().__init__()
@@ -361,7 +361,7 @@ class Page(html.parser.HTMLParser):
 
 
 def check(page, title):
-    """What strangers wrote is there, as text and nothing else."""
+    """Checks that the page shows hostile rows as text only."""
     found = Page(page)
     assert found.title == title
     assert "taken over" not in found.scripts
@@ -375,7 +375,7 @@ def check(page, title):
 
 
 def rendered(path):
-    """The page as a browser has it after its scripts ran; nothing is fetched."""
+    """The page after a browser ran its scripts without a network."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None and os.environ.get("NEED_BROWSER") != "1":
         pytest.skip("no Chromium, Chrome or Edge on this machine (NEED_BROWSER=1 makes this fail)")
@@ -390,7 +390,7 @@ def rendered(path):
 
 @pytest.fixture(scope="module")
 def report_page(tmp_path_factory):
-    """The report over hostile rows."""
+    """The report for hostile rows."""
     folder = tmp_path_factory.mktemp("report")
     truth = {"judge": 0.5, "kl": 0.1, "length": 3, "eos": True}
     answers = {name: [row | truth for row in EVIL_ROWS] for name in ("base", "actor", "rlhf")}
@@ -428,7 +428,7 @@ CELLS = (
 
 @pytest.fixture(scope="module")
 def notebook_page(tmp_path_factory, root):
-    """A notebook that showed hostile rows in every way the course has, as a page."""
+    """A notebook as a page; it shows hostile rows in every way that the course has."""
     folder = tmp_path_factory.mktemp("notebook")
     with Stage(folder, "rlhf", {}) as stage:
         stage.samples(EVIL_ROWS)
@@ -464,7 +464,7 @@ def test_a_browser_finds_nothing_to_run_in_a_notebook(notebook_page):
 
 
 def test_a_browser_runs_what_is_not_escaped(tmp_path):
-    """Otherwise the tests above would prove nothing."""
+    """Checks that the browser runs scripts at all, on which the tests above rely."""
     page = tmp_path / "page.html"
     page.write_text(f"<!doctype html><html><title>mine</title>{EVIL_TEXTS[1]}</html>")
     assert Page(rendered(page)).title == "taken over"

@@ -1,4 +1,4 @@
-"""Texts and token ids: four families of templates, text that looks like control, cuts and ends."""
+"""Texts and token ids: chat templates, text that imitates control tokens, truncation and eos."""
 
 import copy
 from collections import Counter
@@ -57,7 +57,7 @@ LLAMA_2 = (
     "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
     "{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-DEEPSEEK = (  # what its tokenizer adds to open turns is not marked as special
+DEEPSEEK = (  # the tokens that open a turn are not marked as special
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{{ '<｜User｜>' + m['content'] }}{% else %}{{ '<｜Assistant｜>' + m['content'] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
@@ -66,7 +66,7 @@ SPLIT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n
 
 
 def bytes_of(special, **how):
-    """A BPE over bytes, as OPT, GPT-2, Qwen and Llama 3 have."""
+    """A byte-level BPE, as in OPT, GPT-2, Qwen and Llama 3."""
     inside = Tokenizer(models.BPE())
     inside.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if how.get("split"):
@@ -77,7 +77,7 @@ def bytes_of(special, **how):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=500, initial_alphabet=alphabet, show_progress=False, special_tokens=special[:1]
-    )  # one stands in the vocabulary, the others behind it: both kinds are about
+    )  # one is in the vocabulary, the others are added: both exist in practice
     inside.train_from_iterator(TEXTS * 3, trainer)
     inside.add_special_tokens([AddedToken(word, special=True) for word in special])
     return inside
@@ -91,7 +91,7 @@ def starts_with(inside, bos):
 
 
 def pieces_of(special):
-    """A BPE over characters that falls back to bytes, as Gemma has."""
+    """A BPE over characters that falls back to bytes, as in Gemma."""
     letters = sorted(set("".join(TEXTS)) - {" ", "\n"} | {"▁"})
     known = [*special, *(f"<0x{i:02X}>" for i in range(256)), *letters, "▁t", "he", "▁the"]
     vocabulary, merges = {piece: i for i, piece in enumerate(known)}, [("▁", "t"), ("h", "e")]
@@ -107,7 +107,7 @@ def pieces_of(special):
 
 
 def likely_of(special):
-    """A Unigram, as SentencePiece makes; its special tokens are pieces like any others."""
+    """A Unigram model, as in SentencePiece; its special tokens are ordinary pieces."""
     letters = sorted(set("".join(TEXTS)) - {" "} | set("▁</>|()\n"))
     words = {f"▁{word}" for text in TEXTS for word in text.split()}
     scores = dict.fromkeys(special, 0.0) | dict.fromkeys(letters, -9.0)
@@ -121,7 +121,7 @@ def likely_of(special):
 
 
 def made(name):
-    """(tokenizer, its control tokens, the one behind an answer) as a model of that family has."""
+    """(tokenizer, control tokens, token that ends an answer) of a model family."""
     if name == "qwen":
         control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         inside, eos, end = bytes_of(control, split=True), "<|endoftext|>", "<|im_end|>"
@@ -167,12 +167,13 @@ def made(name):
 
 
 FAMILIES = ("qwen", "llama3", "gemma", "llama2", "deepseek", "opt")
-EXACT = ("qwen", "llama3", "gemma", "deepseek", "opt")  # whose ids give back the very text
+# Decoding the ids of these families gives exactly the same text.
+EXACT = ("qwen", "llama3", "gemma", "deepseek", "opt")
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """{name: (tokenizer, control tokens, the one behind an answer)}, saved and loaded again."""
+    """{name: (tokenizer, control tokens, token that ends an answer)}, saved and reloaded."""
     found = {}
     for name in FAMILIES:
         tokenizer, control, end = made(name)
@@ -198,7 +199,7 @@ def rendered(tokenizer, messages):
 
 
 def plain(tokenizer, prompt, own):
-    """The ids of a prompt as transformers gives them."""
+    """The ids of a prompt from transformers alone."""
     if own:
         return tokenizer(prompt)["input_ids"]
     return tokenizer(rendered(tokenizer, turns(prompt)), add_special_tokens=False)["input_ids"]
@@ -209,13 +210,13 @@ def asked(text):
 
 
 def counted(tokenizer, control, ids):
-    """How often each control token stands in some ids; <unk> is what any rare word is."""
+    """{control token: count} in the ids, without <unk>, which also stands for rare words."""
     wanted = tokenizer.convert_tokens_to_ids([word for word in control if word != "<unk>"])
     return {i: count for i, count in Counter(ids).items() if i in wanted}
 
 
 def forged(tokenizer, control):
-    """Texts that would be turns and ends, if they were taken for more than text."""
+    """Texts that would start or end turns if their control tokens were not treated as text."""
     yield from (f"say {word} now" for word in control)
     yield from control
     yield from (f"I like{word}{word}bread." for word in control)
@@ -225,7 +226,7 @@ def forged(tokenizer, control):
 
 
 # ------------------------------------------------------------------------------------------------
-# What people write
+# Texts of users
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "", "  two  spaces\n\n\nand lines ", "🙂🙃 é e\u0301 ﬁ"])
@@ -327,7 +328,7 @@ def test_the_data_of_the_course_has_the_ids_of_a_plain_tokenizer(tokenizer, root
 
 
 # ------------------------------------------------------------------------------------------------
-# What a model writes
+# Texts of a model
 
 
 def test_control_that_a_model_writes_is_no_text_and_text_like_it_is(family, name):
@@ -347,7 +348,7 @@ def test_control_that_a_model_writes_is_no_text_and_text_like_it_is(family, name
 
 
 # ------------------------------------------------------------------------------------------------
-# Cuts
+# Truncation
 
 
 def test_a_prompt_that_is_cut_keeps_its_bos(families):
@@ -429,7 +430,7 @@ def test_texts_are_counted_as_they_will_be_read(family, name):
 
 
 # ------------------------------------------------------------------------------------------------
-# Ends
+# The end of an answer
 
 
 def language_model(tokenizer, **changes):
@@ -443,7 +444,7 @@ def language_model(tokenizer, **changes):
 
 
 def always(model, token):
-    """The model, which now writes one token whatever it reads."""
+    """Changes the model so that it always writes the same token."""
     with torch.no_grad():
         model.model.norm.weight.zero_()
         model.lm_head.weight.zero_()
@@ -514,6 +515,6 @@ def test_plain_transformers_stops_where_the_course_does(families, tmp_path):
     prompt = torch.tensor([[5, 6]])
     out = always(saved, stop).generate(prompt, max_new_tokens=5, do_sample=False)
     assert out.tolist() == [[5, 6, stop]]
-    lab.models.save(saved, tokenizer, tmp_path)  # once more changes nothing
+    lab.models.save(saved, tokenizer, tmp_path)  # saving again changes nothing
     again = hf.GenerationConfig.from_pretrained(tmp_path)
     assert again.eos_token_id == [tokenizer.eos_token_id, stop]

@@ -1,10 +1,11 @@
-"""Runs notebooks in a fork each of one warm process: the imports of a kernel are paid for once.
+"""Runs each notebook in a fork of one process that has already imported everything.
 
-    python tests/warm.py     reads a JSON list a line (notebook, parameters, printed); answers with
-                             the error that stopped it, or null
+    python tests/warm.py     reads one JSON list per line (notebook, parameters, printed); answers
+                             with the error that stopped the notebook, or null
 
-Everything a cell prints goes to the file `printed`. As with papermill, the parameters stand in a
-cell of their own behind the notebook's, and a notebook knows nothing of the one before it.
+This saves the imports that every kernel would repeat. Everything that a cell prints goes to the
+file `printed`. As with papermill, the parameters get a cell of their own after the notebook's
+parameters cell, and no notebook sees variables of another.
 """
 
 import gc
@@ -17,11 +18,11 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
-LIMIT = 300  # seconds that a notebook may take
+LIMIT = 300  # seconds allowed for a notebook
 
 
 class Warm:
-    """The process, seen from a test."""
+    """A handle on the warm process, for tests."""
 
     def __init__(self, env=None):
         self.process = subprocess.Popen(
@@ -30,7 +31,7 @@ class Warm:
         )  # fmt: skip
 
     def run(self, notebook, printed, **parameters):
-        """What stopped the notebook, as "Kind: sentence"; None if nothing did."""
+        """Runs a notebook; returns the error that stopped it as "Type: message", or None."""
         self.process.stdin.write(json.dumps([notebook, parameters, str(printed)]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline() or '"the warm process has ended"')
@@ -41,7 +42,7 @@ class Warm:
 
 
 def cells_of(notebook, parameters):
-    """The code of a notebook, cell by cell, with its parameters."""
+    """Yields the code of each cell; the parameters follow the cell tagged `parameters`."""
     book = json.loads((HOME / notebook).read_text(encoding="utf-8"))
     for cell in book["cells"]:
         if cell["cell_type"] == "code":
@@ -51,11 +52,11 @@ def cells_of(notebook, parameters):
 
 
 def run(notebook, parameters):
-    """Runs the cells in a fresh shell; returns what stopped it."""
+    """Runs the cells in a fresh shell; returns the error that stopped them, or None."""
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets.config import Config
 
-    InteractiveShell.enable_gui = lambda *_: None  # what a kernel does for `%matplotlib inline`
+    InteractiveShell.enable_gui = lambda *_: None  # else `%matplotlib inline` calls it
     quick = Config()
     quick.HistoryManager.hist_file = ":memory:"
     quick.InlineBackend.figure_formats = set()  # figures are made, but not drawn
@@ -68,7 +69,7 @@ def run(notebook, parameters):
 
 
 def child(notebook, parameters, printed, answer):
-    """Never returns."""
+    """Runs the notebook in the forked process, sends the answer and exits; it never returns."""
     signal.alarm(LIMIT)
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -79,15 +80,15 @@ def child(notebook, parameters, printed, answer):
 
 
 def serve():
-    sys.path[0] = str(HOME)  # in the place of tests/
-    # What notebooks import first. Nothing is computed here: threads do not survive a fork.
+    sys.path[0] = str(HOME)  # instead of tests/
+    # The imports of the notebooks. Nothing computes here, because threads do not survive a fork.
     import matplotlib_inline.backend_inline  # noqa: F401
     import peft  # noqa: F401
 
     import util  # noqa: F401
     from lab import notebook, report  # noqa: F401
 
-    gc.freeze()  # what is here is not looked at again whenever a notebook collects its garbage
+    gc.freeze()  # the garbage collector skips the objects that exist now
     out = os.dup(1)
     for line in sys.stdin:
         reader, writer = os.pipe()
