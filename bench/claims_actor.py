@@ -1,0 +1,122 @@
+"""What the exercises of 1_actor.ipynb claim."""
+
+import math
+from unittest import mock
+
+import torch
+
+import util
+from bench.claims import claim
+from bench.claims_download import first_metrics
+from lab import world
+
+
+def judged(course, temperature, rows=1_000):
+    """The judge's mean over answers of the actor, as the notebook measures it for 200."""
+    cfg = course.cfg
+    tokenizer, model = util.load_pair(cfg, "actor")
+    crew = util.Crew(tokenizer, model, model, None)
+    rows, rng = util.load_rows(cfg, "prompt")[:rows], util.rng_for(cfg, "temperature")
+    answers = util.evaluate(crew, rows, cfg, rng, temperature=temperature)
+    return sum(answer["judge"] for answer in answers) / len(answers)
+
+
+def entropy_at(course, first):
+    """The mean entropy of the first token of the validation answers, or of all their tokens."""
+    cfg = course.cfg
+    tokenizer, model = util.load_pair(cfg, "actor")
+    rows = util.load_rows(cfg, "sft")[: cfg.validation_rows]
+    texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+    tokens = util.encode_pairs(tokenizer, *texts, cfg, model.device)
+    with torch.no_grad():
+        _, entropy = util.response_logprobs(model, *tokens)
+    return entropy[:, 0].mean() if first else util.masked_mean(entropy, tokens[3])
+
+
+def without_eos(model, tokenizer, cfg, rows):
+    """`util.sft_loss`, as the exercise changes it."""
+    texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+    tokens = util.encode_pairs(tokenizer, *texts, cfg, model.device)
+    logprobs, _ = util.response_logprobs(model, *tokens, entropy=False)
+    mask = tokens[3] & (tokens[2] != tokenizer.eos_token_id)
+    return -util.masked_mean(logprobs, mask), int(mask.sum()), {}
+
+
+@claim("1_actor", "answers that end by themselves if eos does not count", 0, 1)
+def answers_that_end_without_eos_in_the_loss(course):
+    with course.scratch("base") as cfg, mock.patch.object(util, "sft_loss", without_eos):
+        for _ in util.train_actor(cfg):
+            pass
+        tokenizer, model = util.load_pair(cfg, "actor")
+        rows, crew = util.load_rows(cfg, "prompt")[:200], util.Crew(tokenizer, model, model, None)
+        answers = util.evaluate(crew, rows, cfg, util.rng_for(cfg, "demo"))
+    return sum(answer["eos"] for answer in answers) / len(answers)
+
+
+@claim("1_actor", "nats per answer token at the first step", 1.4, 2.2)
+def first_sft_loss(course):
+    return first_metrics(course, "actor")["loss"]
+
+
+def crowd(item, known):
+    """{answer: its probability in the crowd}, but for the rare answers that are one word off."""
+    wrong = known.bad * (1 - known.popular - known.subtle)
+    answers = dict.fromkeys(item.good, (1 - known.bad) / len(item.good))
+    answers[item.popular] = known.bad * known.popular
+    return answers | dict.fromkeys(item.bad, wrong / len(item.bad))
+
+
+@claim("1_actor", "nats per token of a perfect imitator of the crowd", 0.08, 0.15)
+def loss_of_a_perfect_imitator(course):
+    """A lower bound: the answers that are one word off count as one, and the numbers in guesses
+    as known."""
+    tokenizer, known = util.load_tokenizer(course.root / "model" / "base"), world.World()
+    rng, nats, tokens = known.rng("imitator"), 0.0, 0.0
+    for _ in range(1_000):
+        item = world.draw(rng, world.kind_of(rng, "train"), "train")
+        answers = crowd(item, known)
+        rest = known.bad * known.subtle
+        nats -= rest * math.log(rest) + sum(p * math.log(p) for p in answers.values())
+        for answer, p in answers.items():
+            ids = util.encode_answer(tokenizer, answer, course.cfg.max_new_tokens)
+            tokens += p / (1 - rest) * len(ids)
+    return nats / tokens
+
+
+@claim("1_actor", "validation loss of the actor", 0.14, 0.2)
+def validation_loss_of_the_actor(course):
+    _, model = util.load_pair(course.cfg, "actor")
+    tokenizer = util.load_tokenizer(course.root / "model" / "actor")
+    rows = util.load_rows(course.cfg, "sft")[: course.cfg.validation_rows]
+    return util.validation_loss(model, tokenizer, rows, course.cfg)
+
+
+@claim("1_actor", "entropy of the first token, in nats", 0.6, 1.1)
+def entropy_of_the_first_token(course):
+    return entropy_at(course, first=True)
+
+
+@claim("1_actor", "mean entropy of all answer tokens, in nats", 0.1, 0.2)
+def entropy_of_all_tokens(course):
+    return entropy_at(course, first=False)
+
+
+@claim("1_actor", "the judge's mean at temperature 1", 0.3, 0.45)
+def judge_at_temperature_one(course):
+    return judged(course, 1.0)
+
+
+@claim("1_actor", "the judge's mean at temperature 0.5", 0.22, 0.42)
+def judge_at_half_temperature(course):
+    return judged(course, 0.5)
+
+
+@claim("1_actor", "the judge's mean at temperature 0", 0.0, 0.25)
+def judge_at_temperature_zero(course):
+    return judged(course, 0.0)
+
+
+@claim("1_actor", "validation loss after a tenth of the rows", 0.15, 0.3)
+def validation_loss_with_a_tenth(course):
+    with course.scratch("base") as cfg:
+        return list(util.train_actor(cfg.changed(sft_share=0.05)))[-1]["validation_loss"]
