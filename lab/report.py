@@ -76,7 +76,7 @@ def curves(history, panels, x="step", columns=2):
     """A panel for each `column: (title, unit)`; `(title, unit, "log")` has a logarithmic axis.
 
     The thin line is what was measured at each step. A noisy column also has a thick line: the
-    median of the steps around each step. It looks as far ahead as back, so it does not lag.
+    mean of the steps around each step. It looks as far ahead as back, so it does not lag.
     """
     if not panels:
         return canvas(1)[0]
@@ -89,8 +89,8 @@ def curves(history, panels, x="step", columns=2):
         if noisy(values):
             window = max(5, len(values) // 20)
             ax.plot(steps, values, color=BLUE, alpha=0.4, linewidth=0.8, label="each step")
-            label = "median of the steps around it"
-            ax.plot(steps, centred_median(values, window), color=BLUE, linewidth=2, label=label)
+            label = "mean of the steps around it"
+            ax.plot(steps, centred_mean(values, window), color=BLUE, linewidth=2, label=label)
         else:
             ax.plot(steps, values, color=BLUE, marker="o" if len(values) < 12 else None)
         if "log" in scale and len(values) and values.min() > 0:
@@ -110,20 +110,20 @@ def curves(history, panels, x="step", columns=2):
 
 
 def noisy(values):
-    """Whether a curve goes up and down so often that a reader needs its median as well."""
+    """Whether a curve goes up and down so often that a reader needs its mean as well."""
     moves = np.diff(values)
     moves = np.sign(moves[moves != 0])
     return len(values) >= 40 and len(moves) > 1 and bool((moves[1:] != moves[:-1]).mean() > 0.25)
 
 
-def centred_median(values, window):
-    """The median over `window` values around each one. The window shrinks towards both ends; the
-    last few values, which have next to no neighbours, get none."""
+def centred_mean(values, window):
+    """The mean over `window` values around each one. The window shrinks towards both ends; the
+    first and the last few values, which have next to no neighbours, get none."""
     half, n, out = window // 2, len(values), np.full(len(values), np.nan)
     for i in range(n):
         reach = min(half, i, n - 1 - i)
         if reach >= half / 3:
-            out[i] = np.median(values[i - reach : i + reach + 1])
+            out[i] = values[i - reach : i + reach + 1].mean()
     return out
 
 
