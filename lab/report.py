@@ -88,7 +88,7 @@ def curves(history, panels, x="step", columns=2):
         steps, values = np.asarray(line[x], float), np.asarray(line[column], float)
         if noisy(values):
             window = max(5, len(values) // 20)
-            ax.plot(steps, values, color=BLUE, alpha=0.4, linewidth=0.8, label="each step")
+            ax.plot(steps, values, color=INK, alpha=0.55, linewidth=0.7, label="each step")
             label = "mean of the steps around it"
             ax.plot(steps, centred_mean(values, window), color=BLUE, linewidth=2, label=label)
         else:
@@ -380,15 +380,13 @@ def calibration(pairs):
         linestyle="none", capsize=4, label="reward model, with 95 % interval",
     )  # fmt: skip
     for _, row in table.iterrows():
-        ax.text(
-            row["mean of the predicted"], bottom + 0.015, f"{row['pairs']:,.0f}", ha="center",
-            fontsize=9,
-        )  # fmt: skip
-    ax.text(0.497, bottom + 0.06, "number of pairs:", fontsize=9)
+        middle = float(row["predicted"][:3]) + 0.05
+        ax.text(middle, bottom + 0.015, f"{row['pairs']:,.0f}", ha="center", fontsize=9)
+    ax.text(0.497, bottom + 0.085 * (1 - bottom), "number of pairs in each bin:", fontsize=9)
     ax.set(xlim=(0.49, 1.01), ylim=(bottom, 1.02))
     ax.set(xlabel="win rate that the score difference predicts", ylabel="actual win rate")
     ax.set_xticks(np.arange(5, 11) / 10)
-    ax.legend(loc="upper left" if bottom < 0.4 else "lower right", bbox_to_anchor=(1, 0.14))
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
     told = [f"{r['predicted']}: {r['actual']:.2f} of {r['pairs']}" for _, r in table.iterrows()]
     figure.set_label(f"Actual win rate by predicted win rate: {', '.join(told)}.")
     return figure
