@@ -317,7 +317,7 @@ def share_interval(mean, count):
     z2 = 1.96**2
     centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
     half = 1.96 / (1 + z2 / count) * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
 
 
 @matplotlib.rc_context(STYLE)
@@ -561,11 +561,16 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
 
 
 def interval(values, resamples=2000):
-    """Mean and its 95 % bootstrap interval."""
+    """Mean and its 95 % interval, by bootstrap; by Wilson's formula if all values are 0 or all are
+    1, because resampling then finds no spread at all."""
     values = np.asarray(values, dtype=float)
+    mean = values.mean().item()
+    if (values == mean).all() and mean in (0, 1):
+        low, high = share_interval(mean, len(values))
+        return {"mean": mean, "low": low, "high": high}
     picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return {"mean": values.mean().item(), "low": low.item(), "high": high.item()}
+    return {"mean": mean, "low": low.item(), "high": high.item()}
 
 
 def judged(results):
