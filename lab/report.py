@@ -76,7 +76,7 @@ def curves(history, panels, x="step", columns=2):
     """A panel for each `column: (title, unit)`; `(title, unit, "log")` has a logarithmic axis.
 
     The thin line is what was measured at each step. A noisy column also has a thick line: the
-    median of the steps around each step. It looks as far ahead as back, so it does not lag.
+    mean of the steps around each step. It looks as far ahead as back, so it does not lag.
     """
     if not panels:
         return canvas(1)[0]
@@ -88,9 +88,9 @@ def curves(history, panels, x="step", columns=2):
         steps, values = np.asarray(line[x], float), np.asarray(line[column], float)
         if noisy(values):
             window = max(5, len(values) // 20)
-            ax.plot(steps, values, color=BLUE, alpha=0.4, linewidth=0.8, label="each step")
-            label = "median of the steps around it"
-            ax.plot(steps, centred_median(values, window), color=BLUE, linewidth=2, label=label)
+            ax.plot(steps, values, color=INK, alpha=0.55, linewidth=0.7, label="each step")
+            label = "mean of the steps around it"
+            ax.plot(steps, centred_mean(values, window), color=BLUE, linewidth=2, label=label)
         else:
             ax.plot(steps, values, color=BLUE, marker="o" if len(values) < 12 else None)
         if "log" in scale and len(values) and values.min() > 0:
@@ -110,20 +110,20 @@ def curves(history, panels, x="step", columns=2):
 
 
 def noisy(values):
-    """Whether a curve goes up and down so often that a reader needs its median as well."""
+    """Whether a curve goes up and down so often that a reader needs its mean as well."""
     moves = np.diff(values)
     moves = np.sign(moves[moves != 0])
     return len(values) >= 40 and len(moves) > 1 and bool((moves[1:] != moves[:-1]).mean() > 0.25)
 
 
-def centred_median(values, window):
-    """The median over `window` values around each one. The window shrinks towards both ends; the
-    last few values, which have next to no neighbours, get none."""
+def centred_mean(values, window):
+    """The mean over `window` values around each one. The window shrinks towards both ends; the
+    first and the last few values, which have next to no neighbours, get none."""
     half, n, out = window // 2, len(values), np.full(len(values), np.nan)
     for i in range(n):
         reach = min(half, i, n - 1 - i)
         if reach >= half / 3:
-            out[i] = np.median(values[i - reach : i + reach + 1])
+            out[i] = values[i - reach : i + reach + 1].mean()
     return out
 
 
@@ -317,7 +317,7 @@ def share_interval(mean, count):
     z2 = 1.96**2
     centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
     half = 1.96 / (1 + z2 / count) * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
 
 
 @matplotlib.rc_context(STYLE)
@@ -380,15 +380,13 @@ def calibration(pairs):
         linestyle="none", capsize=4, label="reward model, with 95 % interval",
     )  # fmt: skip
     for _, row in table.iterrows():
-        ax.text(
-            row["mean of the predicted"], bottom + 0.015, f"{row['pairs']:,.0f}", ha="center",
-            fontsize=9,
-        )  # fmt: skip
-    ax.text(0.497, bottom + 0.06, "number of pairs:", fontsize=9)
+        middle = float(row["predicted"][:3]) + 0.05
+        ax.text(middle, bottom + 0.015, f"{row['pairs']:,.0f}", ha="center", fontsize=9)
+    ax.text(0.497, bottom + 0.085 * (1 - bottom), "number of pairs in each bin:", fontsize=9)
     ax.set(xlim=(0.49, 1.01), ylim=(bottom, 1.02))
     ax.set(xlabel="win rate that the score difference predicts", ylabel="actual win rate")
     ax.set_xticks(np.arange(5, 11) / 10)
-    ax.legend(loc="upper left" if bottom < 0.4 else "lower right", bbox_to_anchor=(1, 0.14))
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
     told = [f"{r['predicted']}: {r['actual']:.2f} of {r['pairs']}" for _, r in table.iterrows()]
     figure.set_label(f"Actual win rate by predicted win rate: {', '.join(told)}.")
     return figure
@@ -563,11 +561,16 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
 
 
 def interval(values, resamples=2000):
-    """Mean and its 95 % bootstrap interval."""
+    """Mean and its 95 % interval, by bootstrap; by Wilson's formula if all values are 0 or all are
+    1, because resampling then finds no spread at all."""
     values = np.asarray(values, dtype=float)
+    mean = values.mean().item()
+    if (values == mean).all() and mean in (0, 1):
+        low, high = share_interval(mean, len(values))
+        return {"mean": mean, "low": low, "high": high}
     picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return {"mean": values.mean().item(), "low": low.item(), "high": high.item()}
+    return {"mean": mean, "low": low.item(), "high": high.item()}
 
 
 def judged(results):

@@ -56,6 +56,15 @@ def test_the_interval_of_a_share_is_wilsons(mean, count, low, high):
     assert report.share_interval(mean, count) == pytest.approx((low, high), abs=1e-3)
 
 
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("count", [1, 7, 120, 1000])
+def test_the_interval_of_answers_that_are_all_alike_has_a_width(value, count):
+    found = report.interval([value] * count)
+    assert found["low"] <= found["mean"] == value <= found["high"]
+    assert 0 <= found["low"] < found["high"] <= 1
+    assert found["high"] - found["low"] == pytest.approx(3.84 / (count + 3.84), rel=1e-3)
+
+
 def test_distinct_2_counts_neighbouring_words():
     assert report.distinct_2(["a b c"]) == 1
     assert report.distinct_2(["a b", "a b", "b a", "c"]) == pytest.approx(2 / 3)
@@ -126,10 +135,10 @@ def test_the_thick_curve_does_not_lag_and_the_learning_rate_has_none():
     assert loss.get_yscale() == "log" and rate.get_yscale() == "linear"
     assert len(loss.lines) == 2 and len(rate.lines) == 1
     assert rate.lines[0].get_ydata().tolist() == table["lr"].tolist()
-    ramp = np.arange(100.0)  # a curve that rises all the time is its own centred median
-    middle = report.centred_median(ramp, 11)
+    ramp = np.arange(100.0)  # a straight line is its own centred mean, also near its ends
+    middle = report.centred_mean(ramp, 11)
     known = ~np.isnan(middle)
-    assert (middle[known] == ramp[known]).all() and known.sum() > 90
+    assert middle[known] == pytest.approx(ramp[known]) and known.sum() > 90
 
 
 @pytest.mark.parametrize(
