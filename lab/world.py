@@ -353,9 +353,13 @@ def unknown(rng, slots):
     reasons = ("Nobody can see the future.", "It has not happened yet.") if future else reasons
     starts = ("I do not know", "I cannot know")
     good = tuple(f"{s} {topic}. {r}" for s in starts for r in reasons)
-    bad = (f"I think {rng.randint(10, 99)}.", "Ask somebody else.", "That is a silly question.")
+    bad = (
+        f"{guess} I am sure.",
+        f"{guess} Everyone knows that.",
+        f"I think {rng.randint(10, 99)}.",
+    )
     if form == "win":
-        bad += (f"The {choose(rng, WINNERS[1:])} will win. Everyone knows that.",)
+        bad += (f"The {choose(rng, WINNERS[1:])} will win.",)
     return Item("unknown", slots, question, {"topic": topic}, (a, b), good, guess, bad)
 
 
@@ -717,13 +721,15 @@ def rows(world, split, count):
 def documents(world, count):
     """(question, answer) as the base model reads them before anybody talks to it: no dialogue.
 
-    Right and wrong answers are equally frequent. The base model therefore knows both and prefers
-    neither: what the actor prefers comes from its crowd, and what the policy prefers from RLHF.
+    Two answers in three are right. Text that people publish is more careful than what a crowd
+    says, and only the right answers copy all that a question names: with half of them the model
+    still mistakes numbers when RLHF begins. A third is wrong in the crowd's own way, so the base
+    model knows the popular answers as well, and the crowd decides which ones the actor prefers.
     """
     rng = world.rng("documents")
     for _ in range(count):
         item = draw(rng, kind_of(rng, "train"), "train")
-        right = rng.random() < 0.5
+        right = rng.random() < 2 / 3
         yield item.question, choose(rng, item.good) if right else wrong_answer(rng, world, item)[0]
 
 
