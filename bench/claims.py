@@ -59,6 +59,8 @@ class Course:
 
 
 def main(argv=None):
+    from bench import claims_test  # noqa: F401
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", default=".", help="the folder of a trained course")
     parser.add_argument("--only", nargs="*", help="names of claims; without it: all")
