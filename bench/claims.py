@@ -59,14 +59,18 @@ class Course:
 
 
 def main(argv=None):
-    from bench import claims_actor, claims_critic, claims_download  # noqa: F401
+    from bench import (  # noqa: F401
+        claims_actor,
+        claims_critic,
+        claims_download,
+        claims_rlhf,
+        claims_test,
+    )
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", default=".", help="the folder of a trained course")
     parser.add_argument("--only", nargs="*", help="names of claims; without it: all")
     args = parser.parse_args(argv)
-    from bench import claims_rlhf  # noqa: F401
-
     course, wrong = Course(args.root), []
     for name, it in sorted(CLAIMS.items(), key=lambda pair: pair[1].notebook):
         if args.only and name not in args.only:

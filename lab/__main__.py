@@ -331,6 +331,8 @@ def print_aligned(lines):
 @plain_errors
 def chat(args):
     """Loads a model and talks in the terminal."""
+    from transformers.utils import logging as transformers_logging
+
     import util
     from lab.chat import talk
     from lab.tokens import stops_of
@@ -339,6 +341,8 @@ def chat(args):
         raise CourseError(f"--temperature {args.temperature} is impossible: it must be 0 or more.")
     given, root = parameters(args)
     cfg = util.Config.of(**given | {"root": str(root)})
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     tokenizer, model = util.load_pair(cfg, args.stage)
     reply = partial(answer_ids, cfg, tokenizer, model, args.temperature)
     talk(args.stage, reply, tokenizer, stops_of(model, tokenizer))
