@@ -787,6 +787,16 @@ def picture(figure):
     return f'<img src="data:image/png;base64,{code}" alt="{alt}" width="{width}">'
 
 
+def write_answers(folder, sampled, greedy, temperature):
+    """answers.jsonl: a line per answer of each model, sampled and greedy, as `evaluate` gives it."""
+    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
+        for at, answers in ((temperature, sampled), (0.0, greedy)):
+            for model, results in answers.items():
+                for result in results:
+                    line = {"model": model, "temperature": at} | result
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def write_report(folder, report, parts):
     """report.json with `report`, report.html with `parts`.
 
