@@ -57,9 +57,12 @@ def pipeline(seed, folder, rows, parameters):
 
 
 def line(run):
-    judges = {name: m["judge"]["mean"] for name, m in run["models"].items()}
+    """One seed in one line: each model's score, sampled and greedy, then rlhf's by kind."""
+    judges = {
+        name: (m["judge"]["mean"], m["judge_greedy"]["mean"]) for name, m in run["models"].items()
+    }
     kinds = {k: round(v, 2) for k, v in run["models"]["rlhf"]["judge"]["kinds"].items()}
-    figures = "  ".join(f"{name} {value:.3f}" for name, value in judges.items())
+    figures = "  ".join(f"{name} {s:.3f} (greedy {g:.3f})" for name, (s, g) in judges.items())
     kl, seconds = run["models"]["rlhf"]["kl"], run["seconds"]
     return (
         f"seed {run['seed']}: {figures}  {kinds}  critic {run['critic']['accuracy']:.3f}  "
@@ -84,7 +87,12 @@ def main():
             runs.append(pipeline(seed, Path(folder), rows, parameters))
         print(line(runs[-1]), flush=True)
     table = pd.DataFrame(
-        {name: run["models"][name]["judge"]["mean"] for name in run["models"]} for run in runs
+        {
+            f"{name}, {how}": model[key]["mean"]
+            for name, model in run["models"].items()
+            for how, key in (("sampled", "judge"), ("greedy", "judge_greedy"))
+        }
+        for run in runs
     )
     print(table.agg(["mean", "min", "max"]).round(3).to_string())
     if args.out:
