@@ -788,7 +788,7 @@ def picture(figure):
 
 
 def write_answers(folder, sampled, greedy, temperature):
-    """answers.jsonl: a line per answer of each model, sampled and greedy, as `evaluate` gives it."""
+    """answers.jsonl: a line for each answer of a model, sampled and greedy, from `evaluate`."""
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
         for at, answers in ((temperature, sampled), (0.0, greedy)):
             for model, results in answers.items():
