@@ -93,7 +93,7 @@ def variety_of_the_policy(course):
     return variety(course, "rlhf")
 
 
-@claim("4_test", "distinct-2 of the actor's greedy answers / that of its sampled ones", 0.3, 0.6)
+@claim("4_test", "distinct-2 of the actor's greedy answers / that of its sampled ones", 0.3, 0.75)
 def variety_of_greedy_answers(course):
     return variety(course, "actor", 0)
 
