@@ -93,7 +93,7 @@ def variety_of_the_policy(course):
     return variety(course, "rlhf")
 
 
-@claim("4_test", "distinct-2 of the actor's greedy answers / that of its sampled ones", 0.3, 0.6)
+@claim("4_test", "distinct-2 of the actor's greedy answers / that of its sampled ones", 0.3, 0.75)
 def variety_of_greedy_answers(course):
     return variety(course, "actor", 0)
 
@@ -132,9 +132,14 @@ def best_of_8(course):
     return judged(best_of(course, 8))
 
 
-@claim("4_test", "the judge's mean of best-of-32", 0.8, 0.98)
+@claim("4_test", "the judge's mean of best-of-32", 0.75, 0.93)
 def best_of_32(course):
     return judged(best_of(course, 32))
+
+
+@claim("4_test", "what best-of-8 scores above best-of-32", 0.01, 0.2)
+def lost_between_8_and_32(course):
+    return judged(best_of(course, 8)) - judged(best_of(course, 32))
 
 
 @claim("4_test", "the share of best-of-16's answers that the judge finds wrong", 0.01, 0.12)
@@ -161,7 +166,7 @@ def actor_at_half(course):
     return judged(answers_of(course, "actor", 0.5))
 
 
-@claim("4_test", "the judge's mean of the actor's answers at temperature 0.25", 0.05, 0.33)
+@claim("4_test", "the judge's mean of the actor's answers at temperature 0.25", 0.05, 0.4)
 def actor_at_a_quarter(course):
     return judged(answers_of(course, "actor", 0.25))
 

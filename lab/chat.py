@@ -206,7 +206,7 @@ def compare(row, answers):
 # Where a person types
 
 
-def ask(text="Your question (an empty line goes on): "):
+def ask(text="Your question (empty: skip): "):
     """What a person types into the notebook; "" where nobody can type, as in a headless run."""
     from IPython import get_ipython
     from IPython.core.error import StdinNotImplementedError

@@ -310,8 +310,8 @@ def test_seed_and_temperature_change_the_answer(root, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("chat", "model/rlhf is not there yet: run 3_rlhf.ipynb first."),
-        ("chat actor", "model/actor is not there yet: run 1_actor.ipynb first."),
+        ("chat", "run 3_rlhf.ipynb first."),
+        ("chat actor", "run 1_actor.ipynb first."),
         ("chat --temperature=-1", "--temperature -1.0 is impossible"),
         ("chat --temperature nan", "--temperature nan is impossible"),
         ("chat --seed x", "seed = 'x' is impossible"),
