@@ -53,7 +53,7 @@ def answers_that_end_without_eos_in_the_loss(course):
     return sum(answer["eos"] for answer in answers) / len(answers)
 
 
-@claim("1_actor", "nats per answer token at the first step", 1.4, 3.0)
+@claim("1_actor", "nats per answer token at the first step", 0.7, 3.2)
 def first_sft_loss(course):
     return first_metrics(course, "actor")["loss"]
 
@@ -83,7 +83,7 @@ def loss_of_a_perfect_imitator(course):
     return nats / tokens
 
 
-@claim("1_actor", "validation loss of the actor", 0.14, 0.2)
+@claim("1_actor", "validation loss of the actor", 0.13, 0.2)
 def validation_loss_of_the_actor(course):
     _, model = util.load_pair(course.cfg, "actor")
     tokenizer = util.load_tokenizer(course.root / "model" / "actor")

@@ -51,17 +51,17 @@ def first_loss_above_uniform(course):
     return first_metrics(course, "base")["loss"] - loss_of_a_uniform_guess(course)
 
 
-@claim("0_download", "words copied after 500 steps, weights of 0.02", 0, 1)
+@claim("0_download", "words copied after 500 steps, weights of 0.02", 0.4, 0.85)
 def copying_with_small_weights(course):
     return copying_after(course, 500, init_std=0.02)
 
 
-@claim("0_download", "words copied after 500 steps, weights of 0.06", 0, 1)
+@claim("0_download", "words copied after 500 steps, weights of 0.06", 0.88, 1)
 def copying_with_larger_weights(course):
     return copying_after(course, 500)
 
 
-@claim("0_download", "words copied after 500 steps with one layer", 0, 1)
+@claim("0_download", "words copied after 500 steps with one layer", 0.85, 1)
 def copying_with_one_layer(course):
     return copying_after(course, 500, layers=1)
 
