@@ -142,6 +142,12 @@ def lost_between_8_and_32(course):
     return judged(best_of(course, 8)) - judged(best_of(course, 32))
 
 
+@claim("4_test", "the share of SQL among the wrong answers of best-of-32", 0.5, 1)
+def sql_among_wrong_favourites(course):
+    kinds = [answer["kind"] for answer in best_of(course, 32) if answer["judge"] < 0.5]
+    return kinds.count("sql") / len(kinds)
+
+
 @claim("4_test", "the share of best-of-16's answers that the judge finds wrong", 0.01, 0.12)
 def wrong_favourites(course):
     return wrong(best_of(course, 16))
