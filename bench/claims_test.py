@@ -65,7 +65,7 @@ def actor_greedy_is_popular(course):
     return popular(course, "actor", 0)
 
 
-@claim("4_test", "the judge's mean of the policy's sampled answers", 0.9, 1)
+@claim("4_test", "the judge's mean of the policy's sampled answers", 0.88, 1)
 def policy_sampled(course):
     return judged(answers_of(course, "rlhf"))
 
@@ -122,7 +122,7 @@ def best_of_1(course):
     return judged(best_of(course, 1))
 
 
-@claim("4_test", "the judge's mean of best-of-4", 0.75, 0.92)
+@claim("4_test", "the judge's mean of best-of-4", 0.7, 0.92)
 def best_of_4(course):
     return judged(best_of(course, 4))
 
