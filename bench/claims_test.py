@@ -65,7 +65,7 @@ def actor_greedy_is_popular(course):
     return popular(course, "actor", 0)
 
 
-@claim("4_test", "the judge's mean of the policy's sampled answers", 0.9, 1)
+@claim("4_test", "the judge's mean of the policy's sampled answers", 0.88, 1)
 def policy_sampled(course):
     return judged(answers_of(course, "rlhf"))
 
@@ -122,7 +122,7 @@ def best_of_1(course):
     return judged(best_of(course, 1))
 
 
-@claim("4_test", "the judge's mean of best-of-4", 0.75, 0.92)
+@claim("4_test", "the judge's mean of best-of-4", 0.7, 0.92)
 def best_of_4(course):
     return judged(best_of(course, 4))
 
@@ -140,6 +140,12 @@ def best_of_32(course):
 @claim("4_test", "what best-of-8 scores above best-of-32", 0.01, 0.2)
 def lost_between_8_and_32(course):
     return judged(best_of(course, 8)) - judged(best_of(course, 32))
+
+
+@claim("4_test", "the share of SQL among the wrong answers of best-of-32", 0.5, 1)
+def sql_among_wrong_favourites(course):
+    kinds = [answer["kind"] for answer in best_of(course, 32) if answer["judge"] < 0.5]
+    return kinds.count("sql") / len(kinds)
 
 
 @claim("4_test", "the share of best-of-16's answers that the judge finds wrong", 0.01, 0.12)
