@@ -161,12 +161,12 @@ class Config(Settings):
         "score of an ensemble: mean, min, or cautious: mean - k standard deviations",
     )
     ensemble_k: float = knob(1.0, "rlhf test", "k of the rule cautious")
-    steps: int = knob(24, "rlhf", "number of rollouts")
-    rollout: int = knob(96, "rlhf", "answers per rollout")
+    steps: int = knob(36, "rlhf", "number of rollouts")
+    rollout: int = knob(128, "rlhf", "answers per rollout")
     answers: int = knob(1, "rlhf", "answers per prompt of a rollout (grpo and rloo: 4)")
     ppo_epochs: int = knob(2, "rlhf", "passes over each rollout")
-    minibatch: int = knob(48, "rlhf", "answers per update")
-    policy_lr: float = knob(4e-4, "rlhf", "peak learning rate of the policy")
+    minibatch: int = knob(64, "rlhf", "answers per update")
+    policy_lr: float = knob(6e-4, "rlhf", "peak learning rate of the policy")
     value_lr: float = knob(5e-4, "rlhf", "peak learning rate of the value model")
     temperature: float = knob(1.0, "rlhf test", "temperature of sampling and of all logprobs")
     kl_in: str = knob(

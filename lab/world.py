@@ -721,15 +721,15 @@ def rows(world, split, count):
 def documents(world, count):
     """(question, answer) as the base model reads them before anybody talks to it: no dialogue.
 
-    Two answers in three are right. Text that people publish is more careful than what a crowd
-    says, and only the right answers copy all that a question names: with half of them the model
-    still mistakes numbers when RLHF begins. A third is wrong in the crowd's own way, so the base
-    model knows the popular answers as well, and the crowd decides which ones the actor prefers.
+    Four answers in five are right. Published text is more careful than what a crowd says, and only
+    right answers copy everything that a question names, so they teach the model to copy. The rest
+    is wrong in the crowd's way: the base model knows the popular answers too, and the crowd's
+    demonstrations decide which answers the actor prefers.
     """
     rng = world.rng("documents")
     for _ in range(count):
         item = draw(rng, kind_of(rng, "train"), "train")
-        right = rng.random() < 2 / 3
+        right = rng.random() < 0.8
         yield item.question, choose(rng, item.good) if right else wrong_answer(rng, world, item)[0]
 
 
