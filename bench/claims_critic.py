@@ -87,13 +87,23 @@ def accuracy_on_off_topic_answers(course):
     return accuracy(pairs[pairs["flaw"] == "off topic"])
 
 
-@claim("2_critic", "the accuracy with half the pairs", 0.85, 0.94)
-def accuracy_with_half_the_pairs(course):
+def accuracy_with(course, share):
+    """The accuracy on held-out pairs of a critic that learns from a share of train.json."""
     with course.scratch("base", "actor") as cfg:
-        cfg = cfg.changed(preference_share=0.25)
+        cfg = cfg.changed(preference_share=share)
         for _ in util.train_critic(cfg):
             pass
         return accuracy(held_out(cfg))
+
+
+@claim("2_critic", "the accuracy with half the pairs", 0.87, 0.95)
+def accuracy_with_half_the_pairs(course):
+    return accuracy_with(course, 0.25)
+
+
+@claim("2_critic", "the accuracy with a tenth of the pairs", 0.75, 0.94)
+def accuracy_with_a_tenth_of_the_pairs(course):
+    return accuracy_with(course, 0.05)
 
 
 @claim("2_critic", "questions where the right answer beats itself said twice", 0.93, 1.0)
