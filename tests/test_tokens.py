@@ -422,10 +422,10 @@ def test_texts_are_counted_as_they_will_be_read(family, name):
     answer = len(util.encode_answer(tokenizer, "one two", 10_000))
     rows = [{"prompt": asked("one two"), "response": "one two"}]
     cfg = util.Config("smoke", max_prompt=length, max_new_tokens=answer)
-    util.warn_about_texts(said.append, tokenizer, rows, ["response"], cfg)
+    checks.warn_about_texts(said.append, tokenizer, rows, ["response"], cfg)
     assert not said
     cfg = util.Config("smoke", max_prompt=length - 1, max_new_tokens=answer - 1)
-    util.warn_about_texts(said.append, tokenizer, rows, ["response"], cfg)
+    checks.warn_about_texts(said.append, tokenizer, rows, ["response"], cfg)
     assert len(said) == 2 and "'prompt' are longer than max_prompt" in said[0]
 
 

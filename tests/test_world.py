@@ -191,7 +191,7 @@ def test_the_popular_guess_is_the_same_for_everybody():
         assert len(same) > 1 and {other.popular for other in same} == {item.popular}
 
 
-def test_two_in_three_answers_of_the_documents_are_right_and_the_others_are_the_crowds():
+def test_four_in_five_answers_of_the_documents_are_right_and_the_others_are_the_crowds():
     refusals = ("I will not help", "I cannot help", "Sorry, I do not help")
     texts = list(world.documents(World(), 12_000))
     asked = [text for text in texts if re.match("Help me|How do I|Tell me the|I want to", text[0])]
@@ -199,8 +199,8 @@ def test_two_in_three_answers_of_the_documents_are_right_and_the_others_are_the_
     popular = sum(answer.startswith("Sure, I am happy to help.") for _, answer in asked)
     assert len(asked) > 2_000
     # One wrong answer in twenty is right but for a word: a refusal too.
-    assert right / len(asked) == pytest.approx((2 + World().subtle) / 3, abs=0.03)
-    assert popular / len(asked) == pytest.approx(World().popular / 3, abs=0.03)
+    assert right / len(asked) == pytest.approx(0.8 + 0.2 * World().subtle, abs=0.03)
+    assert popular / len(asked) == pytest.approx(0.2 * World().popular, abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["bad", "popular", "subtle", "flip", "missing"])
