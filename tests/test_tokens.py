@@ -22,6 +22,7 @@ from tokenizers import (
 
 import lab.models
 import util
+from lab import checks
 from lab.data import turns
 
 TEXTS = [
