@@ -51,7 +51,7 @@ def first_loss_above_uniform(course):
     return first_metrics(course, "base")["loss"] - loss_of_a_uniform_guess(course)
 
 
-@claim("0_download", "words copied after 500 steps, weights of 0.02", 0.4, 0.85)
+@claim("0_download", "words copied after 500 steps, weights of 0.02", 0.35, 0.85)
 def copying_with_small_weights(course):
     return copying_after(course, 500, init_std=0.02)
 
