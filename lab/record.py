@@ -16,19 +16,21 @@ from lab.runs import NOTEBOOKS, read_record
 
 HOME = Path(__file__).resolve().parent.parent
 KEPT = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+LEFT_OUT = [
+    "questions",
+    "reward",
+    "length (tokens)",
+    "distinct-2",
+    "ended",
+]  # of the READMEs' table
 WORDS = {  # of README.zh-CN.md
     "model": "模型",
     "its most likely answer": "最可能的回答",
     "judge": "裁判",
     "judge, sampled": "裁判(采样)",
     "judge, greedy": "裁判(贪心)",
-    "questions": "问题数",
-    "reward": "奖励",
     "KL (nats)": "KL(nat)",
-    "length (tokens)": "长度(token)",
-    "ended": "正常结束",
     "seconds": "秒",
-    "seeds": "种子",
 }
 
 
@@ -91,10 +93,9 @@ def answers(rows, words):
 
 
 def result(summary, accuracy, words):
-    """The table of 4_test."""
-    frame = report.result_table(summary)
+    """The judge's columns of the table of 4_test, and the KL."""
+    frame = report.result_table(summary).drop(columns=LEFT_OUT)
     rows = [[name, *row] for name, row in zip(frame.index, frame.to_numpy().tolist())]
-    rows = [["-" if cell == "" or cell != cell else cell for cell in row] for row in rows]
     return table(["model", *frame.columns], rows, words) + accuracy
 
 
@@ -121,10 +122,14 @@ def pages(root):
     right, minutes = found["critic"]["accuracy"], sum(found["seconds"].values()) / 60
     peak = max(read_record(root, stage)["peak_memory_mb"] for stage in found["seconds"]) / 1000
     said = {
-        "README.md": f"\nThe reward model prefers the better answer in {right:.0%} of the held-out "
+        "README.md": f"\n{found['rows']:,} held-out questions (best-of-n: "
+        f"{found['best_of']['questions']:,}); the columns of single kinds are for sampled answers. "
+        f"The reward model prefers the better answer in {right:.0%} of the held-out "
         f"pairs. Training took {minutes:.1f} minutes and {peak:.1f} GB on two cores without a "
         "GPU. The same seed on the same machine gives the same numbers.\n",
-        "README.zh-CN.md": f"\n奖励模型在 {right:.0%} 的留出偏好对上选择了更好的回答。"
+        "README.zh-CN.md": f"\n{found['rows']:,} 个留出问题(best-of-n:"
+        f"{found['best_of']['questions']:,} 个);各类问题的列是采样回答的分数。"
+        f"奖励模型在 {right:.0%} 的留出偏好对上选择了更好的回答。"
         f"训练在两个 CPU 核上用时 {minutes:.1f} 分钟,内存 {peak:.1f} GB。"
         "同一台机器上相同的种子得到相同的数字。\n",
     }
