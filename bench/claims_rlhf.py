@@ -37,16 +37,16 @@ def as_trained(course):
     return judge(course.cfg), [json.loads(line) for line in lines]
 
 
-@claim("3_rlhf", "the price at which both tokens end equally likely is 1 / ln 4 = 0.72", 0.45, 0.55)
-def price_of_equal_chances(course):
-    """The bandit of the notebook at that price: the final probability of the good answer."""
-    start, reward, price = torch.tensor([0.8, 0.2]).log(), torch.tensor([0.0, 1.0]), 1 / math.log(4)
+@claim("3_rlhf", "both tokens end equally likely at kl_coef = 1 / ln 4 = 0.72", 0.45, 0.55)
+def kl_coef_of_equal_chances(course):
+    """The bandit of the notebook at that kl_coef: the final probability of the good answer."""
+    start, reward = torch.tensor([0.8, 0.2]).log(), torch.tensor([0.0, 1.0])
     logits, rng = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
     adam, mask = torch.optim.Adam([logits], lr=0.05), torch.ones(1000, 1, dtype=torch.bool)
     for _ in range(100):
         old = logits.detach().log_softmax(0)
         tokens = torch.multinomial(old.exp(), 1000, replacement=True, generator=rng)
-        scores = reward[tokens] - price * (old - start)[tokens]
+        scores = reward[tokens] - (old - start)[tokens] / math.log(4)
         for _ in range(2):
             now = logits.log_softmax(0)[tokens]
             columns = (x[:, None] for x in (now, old[tokens], scores - scores.mean()))
@@ -59,13 +59,13 @@ def price_of_equal_chances(course):
 FREE = {"kl_coef": 0.0, "policy_lr": 2e-3, "steps": 60}
 
 
-@claim("3_rlhf", "without a price for KL the judge's score falls below 0.5", 0.0, 0.5)
-def no_price_for_kl(course):
+@claim("3_rlhf", "without a KL penalty the judge's score falls below 0.5", 0.0, 0.5)
+def no_kl_penalty(course):
     return trained(course, **FREE)[0]
 
 
-@claim("3_rlhf", "while the reward ends at least as high as with the price", -0.1, 1.0)
-def reward_without_price(course):
+@claim("3_rlhf", "while the reward ends at least as high as with the penalty", -0.1, 1.0)
+def reward_without_penalty(course):
     """The mean reward of the last ten steps, less that of the course's own run."""
     ends = [history[-10:] for history in (trained(course, **FREE)[1], as_trained(course)[1])]
     free, own = (sum(step["reward"] for step in end) / len(end) for end in ends)
