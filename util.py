@@ -1069,11 +1069,11 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     `reward` is any callable `reward(prompts, responses) -> list[float]`. `algorithm` is a loss of
     your own with the arguments of `ppo_minibatch_loss`. Both override the parameters of that name.
     """
-    known, code = LOSSES | {"dpo": dpo_loop}, {}
-    loss = algorithm or named("algorithm", cfg.algorithm, known)
+    code = {}  # identifies functions of your own
     if algorithm is not None:  # functions that read cfg.algorithm need the name of this one
-        cfg = cfg.changed(algorithm=name_of(algorithm, known, cfg.algorithm))
-    if loss not in known.values():
+        cfg = cfg.changed(algorithm=name_of(algorithm, LOSSES, cfg.algorithm))
+    loss = algorithm or named("algorithm", cfg.algorithm, LOSSES | {"dpo": None})
+    if loss and loss not in LOSSES.values():
         code["code of algorithm"] = code_of(loss)
     inputs = cfg.starts_from(reward)
     if reward is not None:
@@ -1081,11 +1081,12 @@ def train_rlhf(cfg, reward=None, algorithm=None):
         code["code of reward"] = code_of(reward)
     with open_stage(cfg, "rlhf", inputs, code=code) as stage:
         crew = load_crew(cfg, reward)
-        answers = ["chosen", "rejected"] if loss is dpo_loop else []
+        answers = [] if loss else ["chosen", "rejected"]  # DPO reads pairs
         rows = load_rows(cfg, "preference" if answers else "prompt", ("prompt", *answers))
         checks.warn_about_texts(stage.say, crew.tokenizer, rows, answers, cfg)
         yield from stage.past
-        for metrics in loss(crew, cfg, stage) if answers else rlhf_loop(crew, cfg, stage, loss):
+        steps = rlhf_loop(crew, cfg, stage, loss) if loss else dpo_loop(crew, cfg, stage)
+        for metrics in steps:
             yield stage.log(metrics)
         names = ("loss", "reward", "kl", "length", "entropy", "accuracy", "margin", "skipped")
         stage.summary = {name: metrics[name] for name in names if name in metrics}

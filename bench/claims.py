@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +29,29 @@ class Claim(NamedTuple):
     measure: object
 
 
-def claim(notebook, sentence, low, high):
-    """Registers a function `measure(course) -> number` under its name."""
+def claim(notebook, sentence, low, high, name=None):
+    """Registers a function `measure(course) -> number` under its name, or the one given."""
 
     def register(measure):
-        CLAIMS[measure.__name__] = Claim(notebook, sentence, low, high, measure)
+        CLAIMS[name or measure.__name__] = Claim(notebook, sentence, low, high, measure)
         return measure
 
     return register
+
+
+@cache
+def answers_of(cfg, stage, temperature=None, *, rows=None, purpose="test"):
+    """What `util.evaluate` finds for the model of a stage and the questions of 4_test."""
+    import util
+
+    (tokenizer, model), (_, actor) = util.load_pair(cfg, stage), util.load_pair(cfg, "actor")
+    crew, rng = util.Crew(tokenizer, model, actor, None), util.rng_for(cfg, purpose)
+    return util.evaluate(crew, util.load_eval_rows(cfg)[:rows], cfg, rng, temperature=temperature)
+
+
+def judged(answers):
+    """The judge's mean."""
+    return sum(answer["judge"] for answer in answers) / len(answers)
 
 
 class Course:

@@ -5,19 +5,9 @@ import math
 import torch
 
 import util
-from bench.claims import claim
+from bench.claims import answers_of, claim, judged
 from bench.claims_download import first_metrics
 from lab import world
-
-
-def judged(course, temperature, rows=1_000):
-    """The judge's mean over answers of the actor, as the notebook measures it for 200."""
-    cfg = course.cfg
-    tokenizer, model = util.load_pair(cfg, "actor")
-    crew = util.Crew(tokenizer, model, model, None)
-    rows, rng = util.load_eval_rows(cfg)[:rows], util.rng_for(cfg, "temperature")
-    answers = util.evaluate(crew, rows, cfg, rng, temperature=temperature)
-    return sum(answer["judge"] for answer in answers) / len(answers)
 
 
 def entropy_at(course, first):
@@ -89,19 +79,15 @@ def entropy_of_all_tokens(course):
     return entropy_at(course, first=False)
 
 
-@claim("1_actor", "the judge's mean at temperature 1", 0.3, 0.45)
-def judge_at_temperature_one(course):
-    return judged(course, 1.0)
+for name, temperature, low, high in (
+    ("judge_at_temperature_one", 1.0, 0.3, 0.45),
+    ("judge_at_half_temperature", 0.5, 0.22, 0.42),
+    ("judge_at_temperature_zero", 0.0, 0.0, 0.3),
+):
 
-
-@claim("1_actor", "the judge's mean at temperature 0.5", 0.22, 0.42)
-def judge_at_half_temperature(course):
-    return judged(course, 0.5)
-
-
-@claim("1_actor", "the judge's mean at temperature 0", 0.0, 0.3)
-def judge_at_temperature_zero(course):
-    return judged(course, 0.0)
+    @claim("1_actor", f"the judge's mean at temperature {temperature:g}", low, high, name)
+    def judge_at(course, temperature=temperature):
+        return judged(answers_of(course.cfg, "actor", temperature, purpose="temperature"))
 
 
 @claim("1_actor", "validation loss after a tenth of the rows", 0.15, 0.3)

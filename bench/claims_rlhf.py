@@ -8,18 +8,9 @@ from unittest import mock
 import torch
 
 import util
-from bench.claims import claim
+from bench.claims import answers_of, claim, judged
 
 ROWS = 300  # eval rows that the judge sees
-
-
-def judge(cfg, temperature=None):
-    """The judge's mean for the model in model/rlhf."""
-    tokenizer, policy = util.load_pair(cfg, "rlhf")
-    crew = util.Crew(tokenizer, policy, policy, None)
-    rows = util.load_eval_rows(cfg)[:ROWS]
-    answers = util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test"), temperature=temperature)
-    return sum(answer["judge"] for answer in answers) / len(answers)
 
 
 @cache
@@ -28,13 +19,13 @@ def trained(course, **changes):
     with course.scratch("base", "actor", "critic") as cfg:
         cfg = cfg.changed(**changes)
         history = list(util.train_rlhf(cfg))
-        return judge(cfg), history
+        return judged(answers_of(cfg, "rlhf", rows=ROWS)), history
 
 
 def as_trained(course):
     """The same for 3_rlhf as it is."""
     lines = (course.root / "model" / "rlhf" / "metrics.jsonl").read_text().splitlines()
-    return judge(course.cfg), [json.loads(line) for line in lines]
+    return judged(answers_of(course.cfg, "rlhf", rows=ROWS)), [json.loads(line) for line in lines]
 
 
 @claim("3_rlhf", "both tokens end equally likely at kl_coef = 1 / ln 4 = 0.72", 0.45, 0.55)

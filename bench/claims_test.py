@@ -4,36 +4,17 @@ from functools import cache
 from statistics import pvariance
 
 import util
-from bench.claims import claim
+from bench.claims import answers_of, claim, judged
 from lab import report
-
-
-@cache
-def models(course, name):
-    """The tokenizer, the model and the rows of the test, as the notebook loads them."""
-    return *util.load_pair(course.cfg, name), util.load_eval_rows(course.cfg)
-
-
-@cache
-def answers_of(course, name, temperature=1.0, purpose="test"):
-    """What `util.evaluate` finds for a model and all questions of the test."""
-    tokenizer, model, rows = models(course, name)
-    crew = util.Crew(tokenizer, model, models(course, "actor")[1], None)
-    rng = util.rng_for(course.cfg, purpose)
-    return util.evaluate(crew, rows, course.cfg, rng, temperature=temperature)
 
 
 @cache
 def best_of(course, n):
     """The answers of best-of-n to its questions."""
-    tokenizer, actor, rows = models(course, "actor")
-    crew = util.Crew(tokenizer, actor, actor, util.load_reward(course.cfg))
     cfg = course.cfg.changed(best_of=n)
-    return util.best_of(crew, rows, cfg, util.rng_for(cfg, "best"))
-
-
-def judged(answers):
-    return sum(answer["judge"] for answer in answers) / len(answers)
+    tokenizer, actor = util.load_pair(cfg, "actor")
+    crew = util.Crew(tokenizer, actor, actor, util.load_reward(cfg))
+    return util.best_of(crew, util.load_eval_rows(cfg), cfg, util.rng_for(cfg, "best"))
 
 
 def wrong(answers):
@@ -42,7 +23,7 @@ def wrong(answers):
 
 def popular(course, name, temperature):
     """The share of answers that are, word for word, the popular wrong one."""
-    rows, found = models(course, name)[2], answers_of(course, name, temperature)
+    rows, found = util.load_eval_rows(course.cfg), answers_of(course.cfg, name, temperature)
     return sum(a["response"] == row["popular"] for a, row in zip(found, rows)) / len(rows)
 
 
@@ -52,12 +33,12 @@ def popular(course, name, temperature):
 
 @claim("4_test", "the judge's mean of the actor's sampled answers", 0.3, 0.45)
 def actor_sampled(course):
-    return judged(answers_of(course, "actor"))
+    return judged(answers_of(course.cfg, "actor"))
 
 
 @claim("4_test", "the judge's mean of the actor's greedy answers", 0.0, 0.3)
 def actor_greedy(course):
-    return judged(answers_of(course, "actor", 0))
+    return judged(answers_of(course.cfg, "actor", 0))
 
 
 @claim("4_test", "the share of the actor's greedy answers that are the popular wrong one", 0.7, 1)
@@ -67,23 +48,23 @@ def actor_greedy_is_popular(course):
 
 @claim("4_test", "the judge's mean of the policy's sampled answers", 0.88, 1)
 def policy_sampled(course):
-    return judged(answers_of(course, "rlhf"))
+    return judged(answers_of(course.cfg, "rlhf"))
 
 
 @claim("4_test", "the judge's mean of the policy's greedy answers", 0.95, 1)
 def policy_greedy(course):
-    return judged(answers_of(course, "rlhf", 0))
+    return judged(answers_of(course.cfg, "rlhf", 0))
 
 
 # --------------------------------------------------------------------------------------------------
 # Variety and intervals
 
 
-def variety(course, name, temperature=1.0):
+def variety(course, name, temperature=None):
     """distinct-2, compared with that of the actor's sampled answers."""
     texts = [
         [answer["response"] for answer in answers]
-        for answers in (answers_of(course, name, temperature), answers_of(course, "actor"))
+        for answers in (answers_of(course.cfg, name, temperature), answers_of(course.cfg, "actor"))
     ]
     return report.distinct_2(texts[0]) / report.distinct_2(texts[1])
 
@@ -105,36 +86,23 @@ def questions_for_one_hundredth(answers):
 
 @claim("4_test", "questions for an interval of .01 at the actor's score", 7_800, 9_604)
 def questions_for_the_actor(course):
-    return questions_for_one_hundredth(answers_of(course, "actor"))
+    return questions_for_one_hundredth(answers_of(course.cfg, "actor"))
 
 
 @claim("4_test", "questions for an interval of .01 at the policy's score", 500, 3_000)
 def questions_for_the_policy(course):
-    return questions_for_one_hundredth(answers_of(course, "rlhf"))
+    return questions_for_one_hundredth(answers_of(course.cfg, "rlhf"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Best-of-n and the reward model's favourites
 
 
-@claim("4_test", "the judge's mean of best-of-1", 0.3, 0.5)
-def best_of_1(course):
-    return judged(best_of(course, 1))
+for n, low, high in ((1, 0.3, 0.5), (4, 0.7, 0.92), (8, 0.85, 0.99), (32, 0.75, 0.93)):
 
-
-@claim("4_test", "the judge's mean of best-of-4", 0.7, 0.92)
-def best_of_4(course):
-    return judged(best_of(course, 4))
-
-
-@claim("4_test", "the judge's mean of best-of-8", 0.85, 0.99)
-def best_of_8(course):
-    return judged(best_of(course, 8))
-
-
-@claim("4_test", "the judge's mean of best-of-32", 0.75, 0.93)
-def best_of_32(course):
-    return judged(best_of(course, 32))
+    @claim("4_test", f"the judge's mean of best-of-{n}", low, high, f"best_of_{n}")
+    def mean_of_best(course, n=n):
+        return judged(best_of(course, n))
 
 
 @claim("4_test", "what best-of-8 scores above best-of-32", 0.01, 0.2)
@@ -155,33 +123,25 @@ def wrong_favourites(course):
 
 @claim("4_test", "the share of the policy's sampled answers that the judge finds wrong", 0.01, 0.1)
 def wrong_answers_of_the_policy(course):
-    return wrong(answers_of(course, "rlhf"))
+    return wrong(answers_of(course.cfg, "rlhf"))
 
 
 @claim("4_test", "the share of the actor's sampled answers that the judge finds wrong", 0.5, 0.7)
 def wrong_answers_of_the_actor(course):
-    return wrong(answers_of(course, "actor"))
+    return wrong(answers_of(course.cfg, "actor"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Temperature
 
 
-@claim("4_test", "the judge's mean of the actor's answers at temperature 0.5", 0.2, 0.42)
-def actor_at_half(course):
-    return judged(answers_of(course, "actor", 0.5))
+for name, stage, temperature, low, high in (
+    ("actor_at_half", "actor", 0.5, 0.2, 0.42),
+    ("actor_at_a_quarter", "actor", 0.25, 0.05, 0.4),
+    ("actor_at_one_and_a_half", "actor", 1.5, 0.1, 0.33),
+    ("policy_at_one_and_a_half", "rlhf", 1.5, 0.35, 0.8),
+):
 
-
-@claim("4_test", "the judge's mean of the actor's answers at temperature 0.25", 0.05, 0.4)
-def actor_at_a_quarter(course):
-    return judged(answers_of(course, "actor", 0.25))
-
-
-@claim("4_test", "the judge's mean of the actor's answers at temperature 1.5", 0.1, 0.33)
-def actor_at_one_and_a_half(course):
-    return judged(answers_of(course, "actor", 1.5))
-
-
-@claim("4_test", "the judge's mean of the policy's answers at temperature 1.5", 0.35, 0.8)
-def policy_at_one_and_a_half(course):
-    return judged(answers_of(course, "rlhf", 1.5))
+    @claim("4_test", f"the judge's mean of {stage} at temperature {temperature}", low, high, name)
+    def mean_at(course, stage=stage, temperature=temperature):
+        return judged(answers_of(course.cfg, stage, temperature))

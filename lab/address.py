@@ -10,7 +10,6 @@ from lab import CourseError
 from lab.errors import NOTEBOOKS
 
 READMES = ("README.md", "README.zh-CN.md")
-BEGIN, END = "<!-- badges -->", "<!-- /badges -->"
 COLAB = "https://colab.research.google.com"
 PART = r"[A-Za-z0-9._~-]+"
 # Only letters that mean nothing to a shell, to Python or to JSON: the setup cell runs `git clone`.
@@ -38,7 +37,7 @@ def write_address(url, home):
         changed[path] = old, new
     for name in READMES:
         path, old = contents(home, name)
-        changed[path] = old, between_markers(path, old.decode(), badges(url)).encode()
+        changed[path] = old, between_markers(path, old.decode(), "badges", badges(url)).encode()
     changed = {path: new for path, (old, new) in changed.items() if new != old}
     for path, new in changed.items():
         path.write_bytes(new)
@@ -88,12 +87,14 @@ def badges(url):
     return "\n".join([*lines, "```", f"git clone {url}", "```"])
 
 
-def between_markers(path, text, new):
-    """The text with what stands between the two markers replaced."""
-    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
-    if parts[1::2] != [BEGIN, END]:
+def between_markers(path, text, name, new):
+    """The text with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    parts = re.split(f"({re.escape(begin)}|{re.escape(end)})", text)
+    if parts[1::2] != [begin, end]:
         raise CourseError(
-            f"{path} has no place for the badges: put one line {BEGIN} and below it one line {END} "
+            f"{path} has no place for the {name}: put one line {begin} and below it one line {end} "
             "where they should appear."
         )
-    return f"{parts[0]}{BEGIN}\n{new}{chr(10) * bool(new)}{END}{parts[4]}"
+    new = new.rstrip("\n")
+    return f"{parts[0]}{begin}\n{new}{chr(10) * bool(new)}{end}{parts[4]}"

@@ -88,18 +88,17 @@ def sql_patterns():
     named groups.
     """
     found = {}
-    holes = {"table": "TTT", "x": "XXX", "n": "NNN", "c": "CCC", "v": "VVV", "w": "WWW"}
+    holes = {slot: f"hole{slot}" for slot in ("table", "x", "n", "c", "v", "w")}
     for form, names in world.SQL_FORMS.items():
         choices = {"op": "<>", "f": list(world.AGGREGATES), "d": ("highest", "lowest")}
         choices = {name: choices[name] for name in names if name in choices}
         for words in product(*choices.values()):
             fixed = dict(zip(choices, words))
             open_slots = {slot: hole for slot, hole in holes.items() if slot not in fixed}
-            slots = {"form": form, "columns": ["LLL"], "absent": False} | open_slots | fixed
+            slots = {"form": form, "columns": ["holes"], "absent": False} | open_slots | fixed
             for item in wordings("sql", slots):
-                pattern = re.escape(simplified(item.question)).replace("lll", r"(?P<columns>.+?)")
+                pattern = re.escape(simplified(item.question)).replace("holes", r"(?P<columns>.+?)")
                 for slot, hole in open_slots.items():
-                    hole = hole.lower()
                     pattern = pattern.replace(hole, rf"(?P<{slot}>\w+)", 1)
                     pattern = pattern.replace(hole, rf"(?P={slot})")
                 found[pattern] = form, fixed
@@ -209,13 +208,13 @@ def compare(row, answers):
 def ask(text="Your question (empty: skip): "):
     """What a person types into the notebook; "" where nobody can type, as in a headless run."""
     from IPython import get_ipython
-    from IPython.core.error import StdinNotImplementedError
+    from IPython.core.error import IPythonCoreError
 
     if getattr(get_ipython(), "kernel", None) is None and not sys.stdin.isatty():
         return ""
     try:
         return input(text).strip()
-    except (StdinNotImplementedError, EOFError):
+    except (IPythonCoreError, EOFError):  # the first where the kernel has no one to ask
         return ""
 
 

@@ -11,7 +11,8 @@ from statistics import mean
 
 import nbformat
 
-from lab import CourseError, drawing, report
+from lab import drawing, report
+from lab.address import between_markers
 from lab.runs import NOTEBOOKS, read_record
 
 HOME = Path(__file__).resolve().parent.parent
@@ -64,15 +65,9 @@ def cleaned(book):
 
 
 def fill(path, name, text):
-    """Puts text between `<!-- name -->` and `<!-- /name -->`, if the page has these markers."""
+    """Writes text between the markers `<!-- name -->` and `<!-- /name -->` of a page."""
     page = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if begin in page:
-        before, _, rest = page.partition(begin)
-        if end not in rest:
-            raise CourseError(f"{path.name} has {begin.strip()} and no {end}: add it behind it.")
-        page = before + begin + text + rest[rest.index(end) :]
-        path.write_text(page, encoding="utf-8")
+    path.write_text(between_markers(path, page, name, text), encoding="utf-8")
 
 
 def table(columns, rows, words):

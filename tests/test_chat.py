@@ -230,13 +230,13 @@ def test_ask_reads_a_line_where_a_person_sits(monkeypatch):
 
 
 def test_ask_is_empty_without_a_person(monkeypatch):
-    from IPython.core.error import StdinNotImplementedError
+    from IPython.core.error import IPythonCoreError
 
     monkeypatch.setattr("builtins.input", raises(AssertionError("nobody may be asked")))
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
     assert chat.ask() == ""
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    for error in (StdinNotImplementedError(), EOFError()):
+    for error in (IPythonCoreError(), EOFError()):
         monkeypatch.setattr("builtins.input", raises(error))
         assert chat.ask() == ""
 
