@@ -43,7 +43,7 @@ from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
 from lab.optimiser import Optimiser, chunks, text_length
 from lab.passes import in_parts
-from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
+from lab.rewards import SHIPPED, Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
 from lab.splits import batches, epochs, load_eval_rows, load_rows, prompt_batch, rng_for, stack  # noqa: F401
 from lab.tiny import blocks, tiny_model, train_tokenizer
@@ -656,15 +656,53 @@ def validation_loss(model, tokenizer, rows, cfg):
 # 9. Reward model (2_critic)
 
 
-def train_critic(cfg):
+def preference_rows(cfg):
+    """The pairs that 2_critic learns from: those of the data, or pairs of the actor's own answers
+    that `cfg.labeller` compares."""
+    if not cfg.labeller:
+        return load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+    return own_pairs(cfg, load_rows(cfg, "preference"), cfg.labels, cfg.label_noise, "train")
+
+
+def held_out_pairs(cfg):
+    """Pairs whose prompts no training reads. A labeller compares them without errors."""
+    rows = load_eval_rows(cfg)
+    return own_pairs(cfg, rows, cfg.labels // 4, 0, "eval") if cfg.labeller else with_pairs(rows)
+
+
+def own_pairs(cfg, rows, count, noise, purpose):
+    """The actor answers `count` prompts twice, and `cfg.labeller` says which answer is better.
+
+    A share `noise` of its choices is turned round. A tie gives no pair.
+    """
+    labeller = named("labeller", cfg.labeller, SHIPPED)
+    tokenizer, actor = load_pair(cfg, "actor")
+    rng = rng_for(cfg, "pairs", purpose)
+    prompts = [rows[i % len(rows)]["prompt"] for i in range(count) for _ in range(2)]
+    read = lambda *tokens: decode(tokenizer, *tokens[2:])  # noqa: E731
+    answers = sum(generate_answers(actor, tokenizer, prompts, cfg, rng, then=read), [])
+    scores, _ = ask(labeller, prompts, answers, "labeller")
+    errs = torch.rand(count, generator=rng) < noise
+    pairs = []
+    for prompt, two, (one, other), wrong in zip(
+        prompts[::2], chunks(answers, 2), chunks(scores.tolist(), 2), errs.tolist()
+    ):
+        if one != other:
+            chosen = two[(other > one) != wrong]
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": two[chosen == two[0]]})
+    return pairs
+
+
+def train_critic(cfg, rows=None):
     """Trains the reward model: of two answers, the one that people chose should score higher.
 
     The members of an ensemble are trained side by side on the same pairs, each in its own order.
+    `rows` are the pairs; without them it calls `preference_rows(cfg)`.
     """
+    rows = rows or preference_rows(cfg)
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
-        rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plans = [
             epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)

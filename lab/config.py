@@ -14,9 +14,17 @@ COLAB = dict(
     policy_lr=1e-5, value_lr=1e-5, kl_coef=0.1, clip_ratio=0.2, lam=0.95, eval_batch=64,
     dpo_beta=0.1, dpo_lr=5e-6, dpo_batch=8, precision="auto",
 )  # fmt: skip
+REAL = COLAB | dict(
+    base_model="smollm2", labeller="lab.companion.labeller", lora_rank=16, max_prompt=96,
+    max_new_tokens=64, sft_share=0.4, preference_share=0.3, prompt_share=0.3, validation_rows=20,
+    actor_lr=3e-4, actor_batch=8, actor_epochs=2, critic_lr=2e-4, critic_batch=8, critic_epochs=1,
+    norm_prompts=16, steps=24, rollout=32, minibatch=16, ppo_epochs=2, policy_lr=2e-4, value_lr=2e-4,
+    kl_coef=0.05, lam=0.95, sample_every=8, test_rows=96, best_of_rows=48, dpo_lr=1e-4, dpo_batch=8,
+)  # fmt: skip
 PRESETS = {
     "tiny": {},  # the defaults below
     "colab": COLAB,
+    "real": REAL,
     "full": COLAB | dict(gamma=0.99, lam=0.95, value_coef=0.5, entropy_coef=0.01),
     "smoke": dict(
         pretrain_documents=1_500, pretrain_steps=12, pretrain_batch=4, hidden_size=32,
@@ -52,7 +60,7 @@ class Config(Settings):
 
     # all stages
     preset: str = knob(
-        "auto", "all", "tiny, colab, full or smoke; auto: the one that suits the base model"
+        "auto", "all", "tiny, colab, real, full or smoke; auto: the one that suits the base model"
     )
     root: str = knob(".", "all", "folder with dataset/, tokenizer/ and model/")
     seed: int = knob(0, "all", "seed of all random numbers")
@@ -142,6 +150,14 @@ class Config(Settings):
     critic_lr: float = knob(5e-4, "critic", "peak learning rate of the reward model")
     critic_batch: int = knob(16, "critic", "pairs per step")
     critic_epochs: int = knob(1, "critic", "passes over the pairs")
+    labeller: str = knob(
+        "",
+        "critic rlhf test",
+        "module.function(prompts, responses) -> numbers: compares pairs of the actor's answers; "
+        "empty: the pairs of the data",
+    )
+    labels: int = knob(400, "critic rlhf test", "how many pairs of answers the labeller compares")
+    label_noise: float = knob(0.1, "critic", "share of the labeller's choices that are turned round")
     score_penalty: float = knob(
         0.001, "critic", "weight of the mean squared score in the loss; keeps scores near zero"
     )

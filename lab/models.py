@@ -334,12 +334,15 @@ def auto_class(model):
 def precision(cfg):
     """Returns the precision of matrix products: "float32", "bf16" or "fp16".
 
-    "auto" is bf16 on GPUs that support it, fp16 on older GPUs with tensor cores (T4, V100), and
-    float32 elsewhere, because half precision saves no time on most CPUs.
+    "auto" is bf16 on GPUs and processors that multiply it, fp16 on older GPUs with tensor cores
+    (T4, V100), and float32 elsewhere, because there half precision saves no time.
     """
     if cfg.precision != "auto":
         return cfg.precision
     device = pick_device(cfg)
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not have it
+        return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "float32"
     if device.type != "cuda":
         return "float32"
     if torch.cuda.is_bf16_supported(including_emulation=False):
