@@ -1,0 +1,472 @@
+"""The task of the preset `real`: a chat model learns to be a supportive companion.
+
+`rows("train")` and `rows("eval")` hold everyday troubles. Half of the train rows carry the answer
+of a volunteer; a share GOOD of these answers is good, and the others have one human flaw each.
+`explain(prompt, answer)` judges any answer by six parts, each True or False:
+
+    supportive  its statements sound kind (VADER), and it does not play the trouble down
+    names       it says which trouble or which feeling this is, and speaks to the person
+    offers      it asks the person something, or offers to listen
+    human       it does not speak as a program, a hotline or a form letter
+    brief       it has 5 to 45 words and does not repeat itself
+    complete    it consists of whole sentences, and the last one ends
+
+The rule cannot see whether an answer is true, wise or consistent: it reads words, not meaning. A
+kind and fluent answer that misunderstands the trouble gets all six parts, and so does one warm
+sentence with a single word changed for each prompt. It reads English only.
+"""
+
+import random
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from lab import CourseError
+
+FOLDER = Path(__file__).resolve().parents[1] / "dataset" / "companion"
+PLAIN = FOLDER / "plain.txt"  # English prose; its perplexity shows whether a model forgot English
+TEMPLATE = "Human: {} Assistant:"
+FRAMES = {"train": 5, "eval": 4}  # rows of each situation
+GOOD = 0.35  # share of good answers among the volunteers' answers
+
+FLAWS = {  # a volunteer's flaw -> the part of the rule that it breaks
+    "advice": "offers",  # gives a list of advice that nobody asked for
+    "oneself": "names",  # talks about oneself
+    "minimises": "supportive",  # plays the trouble down
+    "never asks": "offers",
+    "long": "brief",
+    "breaks off": "complete",
+}
+
+# --------------------------------------------------------------------------------------------------
+# Words
+
+FEELINGS = {  # words that follow "you feel", and all words for the feeling (* is any ending)
+    "sad": ("sad, down, low", "sad sadness sorrow* upset* unhapp* miss missing cry crying tears"),
+    "grief": ("heartbroken, empty, sad", "grie* mourn* heartbr* loss missing empt* sad sadness"),
+    "lonely": ("lonely, alone, isolated", "lone* alone isolat* left-out unseen invisible"),
+    "worried": (
+        "worried, anxious, uneasy, nervous",
+        "worr* anxi* uneas* nerv* concern* uncertain*",
+    ),
+    "scared": (
+        "scared, afraid, frightened",
+        "scared scary afraid fear* fright* terrif* panic* nerv*",
+    ),
+    "ashamed": (
+        "ashamed, embarrassed, awkward",
+        "asham* shame* embarras* humiliat* mortif* awkward*",
+    ),
+    "angry": (
+        "angry, furious, frustrated",
+        "angry anger furious frustrat* annoy* unfair* irritat*",
+    ),
+    "hurt": (
+        "hurt, wounded, rejected",
+        "hurt* wound* reject* betray* sting* stung upset* left-out",
+    ),
+    "guilty": ("guilty, ashamed, remorseful", "guilt* remors* regret* conscience"),
+    "stressed": ("overwhelmed, stressed, tense", "overwhelm* stress* tense tension pressure*"),
+    "tired": ("tired, exhausted, drained, worn out", "tired* tiring exhaust* drain* worn weary"),
+    "torn": ("torn, unsure, undecided", "torn unsure undecid* uncertain* confus* conflicted"),
+    "insecure": (
+        "insecure, discouraged, unsure",
+        "insecur* discourag* unsure self-doubt inadequa*",
+    ),
+    "jealous": ("jealous, envious, overlooked", "jealous* envi* envy overlook*"),
+    "disappointed": ("disappointed, let down, deflated", "disappoint* let-down deflat* discourag*"),
+    "lost": ("lost, adrift, empty", "lost adrift empt* aimless*"),
+}
+FAMILIES = [  # feelings that a kind listener may take for each other
+    "sad grief lonely hurt disappointed lost",
+    "worried scared stressed tired torn lost insecure",
+    "ashamed guilty insecure",
+    "angry jealous hurt disappointed tired stressed",
+]
+SAME = {  # words that mean the same person or thing
+    **dict.fromkeys("mom mum mummy mommy mama".split(), "mother"),
+    **dict.fromkeys("dad daddy papa".split(), "father"),
+    **dict.fromkeys("kid kids children".split(), "child"),
+    **dict.fromkeys("grandma granny".split(), "grandmother"),
+    **dict.fromkeys("died dead death dying passed passing".split(), "die"),
+    **dict.fromkeys("lose losing loss losses".split(), "lost"),
+    **dict.fromkeys("puppy pup dogs".split(), "dog"),
+    **dict.fromkeys("boss supervisor".split(), "manager"),
+    **dict.fromkeys("coworker coworkers colleagues".split(), "colleague"),
+    **dict.fromkeys("apartment".split(), "flat"),
+    **dict.fromkeys("tests exams finals".split(), "test"),
+    **dict.fromkeys("exam".split(), "test"),
+}
+FUNCTION = set(
+    "a about after again against all almost also always am an and any anyone anything are as at be "
+    "because been before being both but by can can't cannot could couldn't did didn't do does "
+    "doesn't doing don't down each enough ever every everyone everything few for from had has "
+    "hasn't have haven't having he her here hers him his how i i'd i'll i'm i've if in into is "
+    "isn't it it's its just let like many may maybe me might more most much must my never no nobody "
+    "not nothing now of off often on once one only or other our out over own perhaps quite rather "
+    "really shall she should so some someone something sometimes still such than that that's the "
+    "their them then there there's these they they're this those though through to together too "
+    "under until up us very want was wasn't we we're well were what what's when where which while "
+    "who why will with without won't would wouldn't yes yet you you'd you'll you're you've your "
+    "yours yourself dont im cant ive didnt its doesnt".split()
+)
+VAGUE = set(  # content words of a prompt that could stand in any answer
+    "bad best better big bring call come comes day days did everybody face feel feeling feelings "
+    "feels felt find first friday get gets getting give gives giving go goes going gone good got "
+    "great half happen happened happy hard hear help hi hello home hope hour hours keep keeps kind "
+    "know last least leave left less life little long look looks lot love made make makes man "
+    "matter mean means mind minute moment monday month months morning need needed needs new next "
+    "night nice normal number old people person place put reason right said saturday say saying "
+    "says second see share silly small someone sorry start stay still stop sunday support sure "
+    "take takes talk talking tell telling tells thank thing things think thinking thought time "
+    "today told tomorrow tonight tried try trying turn understand usually wanted way week weeks "
+    "whole wish woman won't word words work working world write writing wrong year years yesterday "
+    "young concentrate expect shake head chest show sounds else where".split()
+)
+SUPPORT = re.compile(  # support that VADER does not know
+    r"\bi'?m (so |very |truly |really |deeply )*sorry\b(?!,? (but|i can))|\bhere for you\b"
+    r"|\bnot alone\b|\b(makes|make) sense\b|\bno wonder\b|\bunderstandable\b|\bof course you\b"
+    r"|\bi hear you\b|\bi (can )?(hear|see|imagine|understand) (how|why)\b|\bonly human\b"
+    r"|\bright to feel\b|\bheart goes out\b|\byou must be\b|\bit takes courage\b"
+    r"|\b(it|that|this)( is|'s)? (\w+ )?(okay|ok) (to|that|if)\b|\bon your side\b"
+    r"|\b(that|it|this)( must| can| sounds?| is|'s)( be| feel| like)?( so| very| really| a lot)*"
+    r" (hard|tough|difficult|painful|rough|to carry|to deal with)\b",
+    re.IGNORECASE,
+)
+TROUBLE = set(  # words that name a trouble say nothing about the tone of the answer
+    "hard tough difficult painful pain rough trouble alone weakness leave leaves crying tears no "
+    "hurts lost problem worst worse bad".split()
+)
+MINIMISES = re.compile(
+    r"not (that|so) bad|no big deal|real problems|get over it|over ?react|cheer up|be worse"
+    r"|too much of it|make a fuss|toughen up|man up|calm down|worse (than|off)|stop (whining|crying)"
+    r"|just (relax|be happy|smile)|your own fault|too sensitive|goes through that|life goes on",
+    re.IGNORECASE,
+)
+OFFERS = re.compile(
+    r"\b(i'?m|i am|i'll be) (always |right )?(here|listening|all ears)\b"
+    r"|\b(happy|glad|ready) to listen\b|\bi('ll| will| can| could)( gladly| always)? listen\b"
+    r"|\blet me know\b|\btell me (more|about|if|whatever|whenever|everything)\b"
+    r"|\byou can( always)? (tell|talk to|write to) me\b|\bwe can talk\b|\btalk to me\b"
+    r"|\b(i'd|i would) (love|like) to hear\b|\bhow can i help\b",
+    re.IGNORECASE,
+)
+ASKS_FOR_ITSELF = re.compile(
+    r"\bshould i\b|\bi should\b|\bhelp me\b|\badvise me\b|\bdo i\b|\bam i\b|\bmy\b", re.IGNORECASE
+)
+MACHINE = re.compile(
+    r"\bai\b|language model|chat ?bot|virtual assistant|\bas an assistant|program(med)?\b|algorithm"
+    r"|i('?m| am) (just |only )?(a|an) (machine|computer|bot|assistant|robot)\b|not (a )?human\b"
+    r"|training data|don't have (personal )?(feelings|emotions)"
+    r"|how (can|may) i (assist|help) you( today| with)|\bassist\b|\bassistance\b"
+    r"|i('m| am) sorry,? but i|i (can't|cannot|can not) (help|provide|offer|engage|fulfil)"
+    r"|\[[^\]]*\]|^(dear|subject)\b|(human|user|assistant|system):|<\|",
+    re.IGNORECASE,
+)
+FEWEST, MOST, BEST = 5, 45, 25  # words of an answer
+TONE = 0.3  # VADER score from which statements sound kind
+GUSH = 0.25  # share of strongly positive words from which they sound false
+COPIED = 7  # words in a row that are also a row in the prompt
+CHAIN = 5  # words in a row without any function word
+
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+
+@lru_cache
+def table(name):
+    """Returns the lines of a text file as tuples of columns."""
+    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    return [tuple(map(str.strip, line.split("|"))) for line in lines if line and line[0] != "#"]
+
+
+@lru_cache
+def sentences():
+    """Returns {use: sentences} of sentences.txt."""
+    found = {}
+    for use, sentence in table("sentences.txt"):
+        found.setdefault(use, []).append(sentence)
+    return found
+
+
+def rows(split, seed=0):
+    """Returns the rows of "train" or "eval"; no situation is in both."""
+    if split not in FRAMES:
+        raise CourseError(f"split = {split!r} is not known: choose from {', '.join(FRAMES)}.")
+    rng, found = random.Random(f"{seed} {split}"), []
+    for number, line in enumerate(table("situations.txt")):
+        if line[0] != split:
+            continue
+        _, topic, feeling, text, thing, question = line
+        for prompt in frames(text, feeling, FRAMES[split], rng):
+            found.append({"prompt": TEMPLATE.format(prompt), "trouble": topic, "feeling": feeling})
+            found[-1] |= {"situation": number}
+    rng.shuffle(found)
+    if split == "train":
+        used = set()
+        for row in found[::2]:
+            row["response"], row["flaw"] = demonstration(row, rng, used)
+    return found
+
+
+def frames(text, feeling, count, rng):
+    """Returns `count` different prompts of one situation: openers, closers, careless typing."""
+    found, own = set(), FEELINGS[feeling][0].split(", ")
+    while len(found) < count:
+        opener = rng.choice(sentences()["opener"]) if rng.random() < 0.3 else ""
+        closer = rng.choice(sentences()["closer"]) if rng.random() < 0.7 else ""
+        prompt = " ".join(filter(None, (opener, text, closer.format(adj=rng.choice(own)))))
+        if rng.random() < 0.15:
+            prompt = prompt.lower().rstrip(".")
+            prompt = prompt.replace("'", "") if rng.random() < 0.5 else prompt
+        found.add(prompt)
+    return sorted(found)
+
+
+def demonstration(row, rng, used):
+    """Returns a volunteer's answer and its flaw; the answer is in no other row."""
+    flaw = "none" if rng.random() < GOOD else rng.choice(list(FLAWS))
+    for _ in range(300):
+        answer = draft(row, flaw, rng)
+        verdict = explain(row["prompt"], answer)
+        fits = all(verdict.values()) if flaw == "none" else not verdict[FLAWS[flaw]]
+        if fits and answer not in used:
+            used.add(answer)
+            return answer, flaw
+    raise CourseError(f"No answer with the flaw {flaw!r} fits {row['prompt']!r}: add sentences.")
+
+
+def draft(row, flaw, rng):
+    """Returns one random answer with (or without) a flaw, not checked yet."""
+    _, topic, feeling, _, thing, question = table("situations.txt")[row["situation"]]
+    adjectives = FEELINGS[feeling][0].split(", ")
+
+    def say(use, count=1):
+        adj = rng.choice(adjectives)
+        chosen = rng.sample(sentences()[use], count)
+        return [s.format(thing=thing, Thing=thing[0].upper() + thing[1:], adj=adj) for s in chosen]
+
+    warm = say(rng.choice(["warm", "warm." + feeling]))
+    ask = [question] if rng.random() < 0.6 else say("ask")
+    good = rng.choice([say("name") + ask, say("name") + warm + ask, say("warm." + feeling) + ask])
+    parts = {
+        "advice": say("name", rng.randint(0, 1)) + say("advice." + topic, rng.randint(2, 3)),
+        "oneself": say("self", rng.randint(2, 3)),
+        "minimises": say("minimise", rng.randint(2, 3)),
+        "never asks": say("name") + warm,
+        "long": say("name") + warm + say("advice." + topic, 2) + say("self", 2) + say("name") + ask,
+    }.get(flaw, good)
+    answer = " ".join(dict.fromkeys(parts))
+    words = answer.split()
+    if flaw == "breaks off":
+        return " ".join(words[: rng.randint(6, len(words) - 2)]).rstrip(".,:;?!")
+    low, high = {"none": (12, 40), "long": (60, 80)}.get(flaw, (5, 45))
+    return answer if low <= len(words) <= high else draft(row, flaw, rng)
+
+
+# --------------------------------------------------------------------------------------------------
+# The rule
+
+
+@lru_cache
+def analyser():
+    """Returns the VADER analyser, loaded once."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def unframed(prompt):
+    """Returns what the person typed, without the frame of the dialogue (plain or ChatML)."""
+    turns = re.findall(r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|$)", prompt, re.DOTALL)
+    turns = turns or re.findall(r"Human:(.*?)(?:Assistant:|$)", prompt, re.DOTALL)
+    return " ".join(turn.strip() for turn in turns or [prompt])
+
+
+def words_of(text):
+    """Returns the words of a text in small letters."""
+    return re.findall(r"[a-z]+(?:['-][a-z]+)*", text.lower().replace("’", "'"))
+
+
+def split_sentences(text):
+    return [part for part in re.split(r"(?<=[.!?])[\"')]*\s+", text.strip()) if part]
+
+
+@lru_cache(maxsize=4096)
+def stem(word):
+    """Returns a word without its usual endings, so that "moved" and "moving" are the same."""
+    word = SAME.get(word.removesuffix("'s"), word.removesuffix("'s"))
+    for ending in ("ing", "ed", "es", "s", "ly", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word.removesuffix(ending)
+            break
+    word = word.removesuffix("e") if len(word) > 3 else word
+    return re.sub(r"(.)\1$", r"\1", re.sub(r"y$", "i", word))
+
+
+def topic_words(prompt):
+    """Returns the stems of the words that tell this trouble from others."""
+    return {stem(word) for word in words_of(prompt) if word not in FUNCTION | VAGUE}
+
+
+@lru_cache
+def known_feelings():
+    """Returns {words of a situation: its feeling}."""
+    return {key(line[3]): line[2] for line in table("situations.txt")}
+
+
+def key(text):
+    """Returns the words of a text as one string that careless typing does not change."""
+    return " ".join(words_of(text)).replace("'", "")
+
+
+@lru_cache(maxsize=4096)
+def feeling_words(prompt):
+    """Returns the pattern of words for the feelings that fit a known trouble, else for all."""
+    text, fitting = key(prompt), set(FEELINGS)
+    for situation, feeling in known_feelings().items():
+        if situation in text:
+            families = [family.split() for family in FAMILIES if feeling in family.split()]
+            fitting = {other for family in families for other in family}
+    words = {word for feeling in fitting for word in FEELINGS[feeling][1].split()}
+    return one_of(word.replace("*", r"\w*").replace("-", "[ -]") for word in sorted(words))
+
+
+def one_of(words):
+    """Returns the pattern of any of the words, as whole words."""
+    return re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
+
+
+ALL_FEELINGS = one_of(
+    word.replace("*", r"\w*").replace("-", "[ -]")
+    for _, words in FEELINGS.values()
+    for word in words.split()
+)
+CONFESSES = re.compile(  # the answer speaks of its own feelings, as the person would
+    rf"\bi('m| am|'ve been| have been| was| feel| felt| get| got)( \w+){{0,3}}? {ALL_FEELINGS.pattern}",
+    re.IGNORECASE,
+)
+CONDOLES = re.compile(
+    r"\bi('m| am) (\w+ )?(sorry|sad|upset|concerned|worried) (to|for|that|about)\b"
+    r"|\bnot alone\b|\bdon't worry\b",
+    re.IGNORECASE,
+)
+
+
+def sounds_kind(prompt, answer):
+    """Tells whether the statements of an answer are kind. Words for the trouble do not count."""
+    statements = " ".join(s for s in split_sentences(answer) if not s.endswith("?"))
+    if MINIMISES.search(answer):
+        return False
+    text, topic = SUPPORT.sub(" support ", statements), topic_words(prompt)
+    text = " ".join(
+        word
+        for word in ALL_FEELINGS.sub(" ", text).split()
+        if not {*words_of(word)} & TROUBLE and not {stem(w) for w in words_of(word)} & topic
+    )
+    strong = [w for w in words_of(text) if analyser().lexicon.get(w, 0) > 1.5]
+    gushes = len(strong) > GUSH * len(words_of(statements)) and len(strong) > 2
+    return analyser().polarity_scores(text)["compound"] >= TONE and not gushes
+
+
+def names_it(prompt, answer):
+    """Tells whether a whole sentence of the answer names the trouble or a fitting feeling.
+
+    An answer that copies the prompt or speaks as if it had the trouble itself does not.
+    """
+    asked, said = words_of(unframed(prompt)), words_of(answer)
+    text = CONDOLES.sub(" ", answer)
+    own = {stem(b) for a, b in zip(asked, asked[1:]) if a == "my"} & topic_words(prompt)
+    mine = {stem(b) for a, b in zip(said, said[1:]) if a == "my"}
+    if CONFESSES.search(text) or own & mine or runs(said, COPIED) & runs(asked, COPIED):
+        return False
+    for sentence in split_sentences(text):
+        words = words_of(sentence)
+        named = {stem(word) for word in words} & topic_words(prompt)
+        whole = len(words) >= 4 and any(word in FUNCTION for word in words)
+        if whole and (named or feeling_words(unframed(prompt)).search(sentence)):
+            return True
+    return False
+
+
+def runs(words, count):
+    """Returns all runs of `count` words."""
+    return {tuple(words[i : i + count]) for i in range(len(words) - count + 1)}
+
+
+def offers_an_ear(answer):
+    """Tells whether the answer asks the person something or offers to listen."""
+    for sentence in split_sentences(answer):
+        words = words_of(sentence)
+        to_you = {"you", "your", "you're", "you've"} & {*words} or "happened" in words
+        if sentence.endswith("?") and to_you and not ASKS_FOR_ITSELF.search(sentence):
+            return True
+    return bool(OFFERS.search(answer))
+
+
+def is_brief(answer):
+    """Tells whether the answer has the right length and says nothing twice."""
+    words = words_of(answer)
+    fours = list(zip(*(words[i:] for i in range(4))))
+    return FEWEST <= len(answer.split()) <= MOST and len(set(fours)) == len(fours)
+
+
+def is_complete(answer, ended):
+    """Tells whether the answer is made of sentences and ends; a list of words is not a sentence."""
+    if not ended or not answer.rstrip("\"') ").endswith((".", "!", "?")):
+        return False
+    chain = 0
+    for word in re.findall(r"[a-z'-]+|[.!?]", answer.lower().replace("\u2019", "'")):
+        chain = 0 if word in FUNCTION or word in ".!?" else chain + 1
+        if chain > CHAIN:
+            return False
+    words = words_of(answer)
+    return sum(word in FUNCTION for word in words) >= 0.3 * len(words) > 0
+
+
+def explain(prompt, answer, ended=True):
+    """Returns {part: True or False} for one answer.
+
+    `ended` tells whether the model ended the answer by itself, if that is known.
+    """
+    prompt, answer = unframed(prompt), answer.strip().replace("\u2019", "'")
+    return {
+        "supportive": sounds_kind(prompt, answer),
+        "names": names_it(prompt, answer),
+        "offers": offers_an_ear(answer),
+        "human": not MACHINE.search(answer),
+        "brief": is_brief(answer),
+        "complete": is_complete(answer, ended),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def parts(prompts, responses):
+    """Returns the share of the six parts that each answer has."""
+    return [sum(explain(*pair).values()) / 6 for pair in zip(prompts, responses)]
+
+
+def whole(prompts, responses):
+    """Returns 1 for each answer that has all six parts, else 0."""
+    return [float(all(explain(*pair).values())) for pair in zip(prompts, responses)]
+
+
+def supportive(prompts, responses):
+    """Returns 1 for each answer that sounds supportive, else 0; the mean is the empathy ratio."""
+    return [float(explain(*pair)["supportive"]) for pair in zip(prompts, responses)]
+
+
+def labeller(prompts, responses):
+    """Returns what a person goes by who compares answers: the parts, then tone and length.
+
+    Tone and length together weigh less than one part.
+    """
+    scores = []
+    for share, answer in zip(parts(prompts, responses), responses):
+        tone = analyser().polarity_scores(answer)["compound"]
+        near = max(0.0, 1 - abs(len(answer.split()) - BEST) / BEST)
+        scores.append(share + 0.05 * tone + 0.05 * near)
+    return scores
