@@ -62,20 +62,28 @@ lost | lost, adrift, empty | lost adrift empty emptiness aimless* | sad torn
 """
 FEELINGS = dict(row.split(" | ", 1) for row in FEELINGS.strip().splitlines())
 FEELINGS = {name: tuple(row.split(" | ")) for name, row in FEELINGS.items()}
-SAME = {  # words that mean the same person or thing
-    **dict.fromkeys("mom mum mummy mommy mama".split(), "mother"),
-    **dict.fromkeys("dad daddy papa".split(), "father"),
-    **dict.fromkeys("kid kids children".split(), "child"),
-    **dict.fromkeys("grandma granny".split(), "grandmother"),
-    **dict.fromkeys("died dead death dying passed passing".split(), "die"),
-    **dict.fromkeys("lose losing loss losses".split(), "lost"),
-    **dict.fromkeys("puppy pup dogs".split(), "dog"),
-    **dict.fromkeys("boss supervisor".split(), "manager"),
-    **dict.fromkeys("coworker coworkers colleagues".split(), "colleague"),
-    **dict.fromkeys("apartment".split(), "flat"),
-    **dict.fromkeys("tests exams finals".split(), "test"),
-    **dict.fromkeys("exam".split(), "test"),
-}
+SAME = """
+mother mom mum mummy mommy mama
+father dad daddy papa
+grandmother grandma granny
+child children kid kids
+dog dogs puppy pup
+manager boss supervisor
+colleague colleagues coworker coworkers
+flat apartment
+test tests exam exams finals
+die died dead death dying
+lost lose losing loss
+break broke broken
+forget forgot forgotten
+hide hid hidden hiding
+sell sold
+speak spoke spoken
+wake woke awake
+marry married marriage wedding
+sleep slept asleep
+"""
+SAME = {word: row.split()[0] for row in SAME.strip().splitlines() for word in row.split()}
 FUNCTION = set(
     "a about after again against all almost also always am an and any anyone anything are as at "
     "be because been before being both but by can can't cannot could couldn't did didn't do "
@@ -89,21 +97,19 @@ FUNCTION = set(
     "where which while who why will with without won't would wouldn't yes yet you you'd you'll "
     "you're you've your yours yourself dont im cant ive didnt its doesnt".split()
 )
-VAGUE = set(  # content words of a prompt that could stand in any answer
-    "bad best better big bring call chest come comes concentrate day days did else everybody "
-    "expect face feel feeling feelings feels felt find first friday get gets getting give gives "
-    "giving go goes going gone good got great half happen happened happy hard head hear hello "
-    "help hi home hope hour hours keep keeps kind know last least leave left less life little "
-    "long look looks lot love made make makes man matter mean means mind minute moment monday "
-    "month months morning need needed needs new next nice night normal number old people person "
-    "place put reason right said saturday say saying says second see shake share show silly "
-    "small someone sorry sounds start stay still stop sunday support sure take takes talk "
-    "talking tell telling tells thank thing things think thinking thought time today told "
-    "tomorrow tonight tried try trying turn understand usually wanted way week weeks where "
-    "whole wish woman won't word words work working world write writing wrong year years "
+VAGUE = set(  # words of a prompt that could stand in any answer
+    "answer around ask away back bad behind best better big bought bring call came close come "
+    "comes day did early eight end even everybody face far feel feeling feelings felt find "
+    "first five found four friday front gave get give go gone good got great half happen happy "
+    "hard hear help home hope hour instead keep kind know last late least leave left less lie "
+    "life little long look looks love made make man matter mean mind minute moment monday month "
+    "morning myself need needs new next nice night nine normal number old open past people "
+    "person place put reason right said same saturday say second see seven share side silly "
+    "since sit six small someone sorry start stay still stop sunday support sure take talk tell "
+    "ten thank thing think thought three time today told tomorrow tonight try turn twenty two "
+    "understand wait way week whole whose wish woman won't word work world write wrong year "
     "yesterday young".split()
 )
-COMMON = FUNCTION | VAGUE
 TROUBLE = set(  # words that name a trouble say nothing about the tone of an answer
     "alone awful bad cry crying dead death died difficult dreadful hard heavy horrible hurts "
     "lose losing lost no ouch overwhelming pain painful problem problems rough tears terrible "
@@ -299,7 +305,7 @@ def split_sentences(text):
 def stem(word):
     """Returns a word without its usual endings, so that "moved" and "moving" are the same."""
     word = SAME.get(word.removesuffix("'s"), word.removesuffix("'s"))
-    for ending in ("ing", "ed", "es", "s", "ly", "e"):
+    for ending in ("ment", "ing", "ion", "ed", "es", "al", "ly", "s", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             word = word.removesuffix(ending)
             break
@@ -307,10 +313,17 @@ def stem(word):
     return re.sub(r"(.)\1$", r"\1", re.sub(r"y$", "i", word))
 
 
+@cache
+def common():
+    """Returns the stems of words that say nothing about a trouble: vague ones and the frames'."""
+    frames = " ".join(sentences()["opener"] + sentences()["closer"])
+    return {stem(word) for word in FUNCTION | VAGUE | {*words_of(frames)}}
+
+
 @lru_cache(maxsize=4096)
 def topic_words(prompt):
     """Returns the stems of the words that tell this trouble from others."""
-    return {stem(word) for word in words_of(prompt) if word not in COMMON}
+    return {*map(stem, words_of(prompt))} - common()
 
 
 @cache
