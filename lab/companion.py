@@ -18,7 +18,7 @@ sentence with a single word changed for each prompt. It reads English only.
 
 import random
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from lab import CourseError
@@ -41,130 +41,138 @@ FLAWS = {  # a volunteer's flaw -> the part of the rule that it breaks
 # --------------------------------------------------------------------------------------------------
 # Words
 
-FEELINGS = {  # words that follow "you feel", and all words for the feeling (* is any ending)
-    "sad": ("sad, down, low", "sad sadness sorrow* upset* unhapp* miss missing cry crying tears"),
-    "grief": ("heartbroken, empty, sad", "grie* mourn* heartbr* loss missing empt* sad sadness"),
-    "lonely": ("lonely, alone, isolated", "lone* alone isolat* left-out unseen invisible"),
-    "worried": (
-        "worried, anxious, uneasy, nervous",
-        "worr* anxi* uneas* nerv* concern* uncertain*",
-    ),
-    "scared": (
-        "scared, afraid, frightened",
-        "scared scary afraid fear* fright* terrif* panic* nerv*",
-    ),
-    "ashamed": (
-        "ashamed, embarrassed, awkward",
-        "asham* shame* embarras* humiliat* mortif* awkward*",
-    ),
-    "angry": (
-        "angry, furious, frustrated",
-        "angry anger furious frustrat* annoy* unfair* irritat*",
-    ),
-    "hurt": (
-        "hurt, wounded, rejected",
-        "hurt* wound* reject* betray* sting* stung upset* left-out",
-    ),
-    "guilty": ("guilty, ashamed, remorseful", "guilt* remors* regret* conscience"),
-    "stressed": ("overwhelmed, stressed, tense", "overwhelm* stress* tense tension pressure*"),
-    "tired": ("tired, exhausted, drained, worn out", "tired* tiring exhaust* drain* worn weary"),
-    "torn": ("torn, unsure, undecided", "torn unsure undecid* uncertain* confus* conflicted"),
-    "insecure": (
-        "insecure, discouraged, unsure",
-        "insecur* discourag* unsure self-doubt inadequa*",
-    ),
-    "jealous": ("jealous, envious, overlooked", "jealous* envi* envy overlook*"),
-    "disappointed": ("disappointed, let down, deflated", "disappoint* let-down deflat* discourag*"),
-    "lost": ("lost, adrift, empty", "lost adrift empt* aimless*"),
-}
-FAMILIES = [  # feelings that a kind listener may take for each other
-    "sad grief lonely hurt disappointed lost",
-    "worried scared stressed tired torn lost insecure",
-    "ashamed guilty insecure",
-    "angry jealous hurt disappointed tired stressed",
-]
-SAME = {  # words that mean the same person or thing
-    **dict.fromkeys("mom mum mummy mommy mama".split(), "mother"),
-    **dict.fromkeys("dad daddy papa".split(), "father"),
-    **dict.fromkeys("kid kids children".split(), "child"),
-    **dict.fromkeys("grandma granny".split(), "grandmother"),
-    **dict.fromkeys("died dead death dying passed passing".split(), "die"),
-    **dict.fromkeys("lose losing loss losses".split(), "lost"),
-    **dict.fromkeys("puppy pup dogs".split(), "dog"),
-    **dict.fromkeys("boss supervisor".split(), "manager"),
-    **dict.fromkeys("coworker coworkers colleagues".split(), "colleague"),
-    **dict.fromkeys("apartment".split(), "flat"),
-    **dict.fromkeys("tests exams finals".split(), "test"),
-    **dict.fromkeys("exam".split(), "test"),
-}
+# feeling | words that follow "you feel" | all words for it (* is any ending) | close feelings
+FEELINGS = """
+sad | sad, down, unhappy | sad sadness sorrow* unhapp* miss missing | grief lonely hurt disappointed
+grief | heartbroken, empty, sad | grie* mourn* heartbr* loss missing empty emptiness | sad lonely
+lonely | lonely, alone, isolated | lone* alone isolat* left-out unseen invisible | sad hurt
+worried | worried, anxious, uneasy, nervous | worr* anxi* uneas* nerv* concern* | scared stressed
+scared | scared, afraid, frightened | scared scary afraid fear* fright* terrif* panic* | worried
+ashamed | ashamed, embarrassed, mortified | asham* shame* embarras* humiliat* mortif* | guilty
+angry | angry, furious, frustrated | angry anger furious frustrat* annoy* unfair* irritat* | hurt
+hurt | hurt, upset, crushed | hurt* upset* crush* wound* reject* sting* stung | sad angry lonely
+guilty | guilty, ashamed, remorseful | guilt* remors* regret* conscience | ashamed
+stressed | overwhelmed, stressed, tense | overwhelm* stress* tense tension pressure* | worried tired
+tired | tired, exhausted, drained, worn out | tired* tiring exhaust* drain* worn | stressed
+torn | torn, unsure, undecided | torn unsure undecid* uncertain* confus* conflicted | worried
+insecure | insecure, discouraged, unsure of yourself | insecur* discourag* unsure doubt* | ashamed
+jealous | jealous, envious | jealous* envious envy | hurt insecure
+disappointed | disappointed, let down, deflated | disappoint* let-down deflat* discourag* | sad hurt
+lost | lost, adrift, empty | lost adrift empty emptiness aimless* | sad torn
+"""
+FEELINGS = dict(row.split(" | ", 1) for row in FEELINGS.strip().splitlines())
+FEELINGS = {name: tuple(row.split(" | ")) for name, row in FEELINGS.items()}
+SAME = """
+mother mom mum mummy mommy mama
+father dad daddy papa
+grandmother grandma granny
+child children kid kids
+dog dogs puppy pup
+manager boss supervisor
+colleague colleagues coworker coworkers
+flat apartment
+test tests exam exams finals
+die died dead death dying
+lost lose losing loss
+break broke broken
+forget forgot forgotten
+hide hid hidden hiding
+sell sold
+speak spoke spoken
+wake woke awake
+marry married marriage wedding
+sleep slept asleep
+"""
+SAME = {word: row.split()[0] for row in SAME.strip().splitlines() for word in row.split()}
 FUNCTION = set(
-    "a about after again against all almost also always am an and any anyone anything are as at be "
-    "because been before being both but by can can't cannot could couldn't did didn't do does "
-    "doesn't doing don't down each enough ever every everyone everything few for from had has "
-    "hasn't have haven't having he her here hers him his how i i'd i'll i'm i've if in into is "
-    "isn't it it's its just let like many may maybe me might more most much must my never no nobody "
-    "not nothing now of off often on once one only or other our out over own perhaps quite rather "
-    "really shall she should so some someone something sometimes still such than that that's the "
-    "their them then there there's these they they're this those though through to together too "
-    "under until up us very want was wasn't we we're well were what what's when where which while "
-    "who why will with without won't would wouldn't yes yet you you'd you'll you're you've your "
-    "yours yourself dont im cant ive didnt its doesnt".split()
+    "a about after again against all almost also always am an and any anyone anything are as at "
+    "be because been before being both but by can can't cannot could couldn't did didn't do "
+    "does doesn't doing don't down each enough ever every everyone everything few for from had "
+    "has hasn't have haven't having he her here hers him his how i i'd i'll i'm i've if in into "
+    "is isn't it it's its just let like many may maybe me might more most much must my never no "
+    "nobody not nothing now of off often on once one only or other our out over own perhaps "
+    "quite rather really shall she should so some someone something sometimes still such than "
+    "that that's the their them then there there's these they they're this those though through "
+    "to together too under until up us very want was wasn't we we're well were what what's when "
+    "where which while who why will with without won't would wouldn't yes yet you you'd you'll "
+    "you're you've your yours yourself dont im cant ive didnt its doesnt".split()
 )
-VAGUE = set(  # content words of a prompt that could stand in any answer
-    "bad best better big bring call come comes day days did everybody face feel feeling feelings "
-    "feels felt find first friday get gets getting give gives giving go goes going gone good got "
-    "great half happen happened happy hard hear help hi hello home hope hour hours keep keeps kind "
-    "know last least leave left less life little long look looks lot love made make makes man "
-    "matter mean means mind minute moment monday month months morning need needed needs new next "
-    "night nice normal number old people person place put reason right said saturday say saying "
-    "says second see share silly small someone sorry start stay still stop sunday support sure "
-    "take takes talk talking tell telling tells thank thing things think thinking thought time "
-    "today told tomorrow tonight tried try trying turn understand usually wanted way week weeks "
-    "whole wish woman won't word words work working world write writing wrong year years yesterday "
-    "young concentrate expect shake head chest show sounds else where".split()
+VAGUE = set(  # words of a prompt that could stand in any answer
+    "answer around ask away back bad behind best better big bought bring call came close come "
+    "comes day did early eight end even everybody face far feel feeling feelings felt find "
+    "first five found four friday front gave get give go gone good got great half happen happy "
+    "hard hear help home hope hour instead keep kind know last late least leave left less lie "
+    "life little long look looks love made make man matter mean mind minute moment monday month "
+    "morning myself need needs new next nice night nine normal number old open past people "
+    "person place put reason right said same saturday say second see seven share side silly "
+    "since sit six small someone sorry start stay still stop sunday support sure take talk tell "
+    "ten thank thing think thought three time today told tomorrow tonight try turn twenty two "
+    "understand wait way week whole whose wish woman won't word work world write wrong year "
+    "yesterday young".split()
 )
-SUPPORT = re.compile(  # support that VADER does not know
-    r"\bi'?m (so |very |truly |really |deeply )*sorry\b(?!,? (but|i can))|\bhere for you\b"
-    r"|\bnot alone\b|\b(makes|make) sense\b|\bno wonder\b|\bunderstandable\b|\bof course you\b"
-    r"|\bi hear you\b|\bi (can )?(hear|see|imagine|understand) (how|why)\b|\bonly human\b"
-    r"|\bright to feel\b|\bheart goes out\b|\byou must be\b|\bit takes courage\b"
-    r"|\b(it|that|this)( is|'s)? (\w+ )?(okay|ok) (to|that|if)\b|\bon your side\b"
-    r"|\b(that|it|this)( must| can| sounds?| is|'s)( be| feel| like)?( so| very| really| a lot)*"
-    r" (hard|tough|difficult|painful|rough|to carry|to deal with)\b",
-    re.IGNORECASE,
+TROUBLE = set(  # words that name a trouble say nothing about the tone of an answer
+    "alone awful bad cry crying dead death died difficult dreadful hard heavy horrible hurts "
+    "lose losing lost no ouch overwhelming pain painful problem problems rough tears terrible "
+    "tough trouble weakness worse worst".split()
 )
-TROUBLE = set(  # words that name a trouble say nothing about the tone of the answer
-    "hard tough difficult painful pain rough trouble alone weakness leave leaves crying tears no "
-    "hurts lost problem worst worse bad".split()
+
+
+def one_of(words):
+    """Returns the pattern of any of the words; * is any ending, - a space or a hyphen."""
+    found = "|".join(word.replace("-", "[ -]").replace("*", r"\w*") for word in words)
+    return re.compile(rf"\b(?:{found})\b", re.IGNORECASE)
+
+
+ANY_FEELING = one_of(sorted({w for _, words, _ in FEELINGS.values() for w in words.split()}))
+SUPPORT = re.compile(  # support that VADER does not hear
+    rf"""\bi'?m\ ((so|very|truly|really|deeply)\ )*sorry\b(?!,?\ (but|i\ can))
+    | \b(here\ for\ you | here\ to\ (listen|support) | not\ alone | no\ wonder
+      | of\ course\ you('\w+)? | understandable | i\ (get|hear|understand)\ (it|you)
+      | on\ your\ side | heart\ goes\ out
+      | i\ (can\ )?(hear|see|imagine|understand)\ (how|why) | right\ to\ feel | it\ takes\ courage
+      | makes?\ sense )\b
+    | \b(it|that|this)(\ is|'s)(\ \w+)?\ (okay|ok|natural|normal|human|fair)\ (to|that|if|for)\b
+    | \b(must|sounds?|seems?|feels?|can\ be|would\ be|is|it's|that's|makes?\ sense)
+      (\ (be|feel|have|been|felt|like|so|very|really|incredibly|quite|such|a|an))*
+      \ ({ANY_FEELING.pattern} | {one_of(sorted(TROUBLE)).pattern})""",
+    re.IGNORECASE | re.VERBOSE,
 )
-MINIMISES = re.compile(
-    r"not (that|so) bad|no big deal|real problems|get over it|over ?react|cheer up|be worse"
-    r"|too much of it|make a fuss|toughen up|man up|calm down|worse (than|off)|stop (whining|crying)"
-    r"|just (relax|be happy|smile)|your own fault|too sensitive|goes through that|life goes on",
-    re.IGNORECASE,
+MINIMISES = one_of(
+    "not-that-bad not-so-bad no-big-deal real-problems over-it overreact* cheer-up be-worse "
+    "too-much-of-it make-a-fuss toughen-up man-up calm-down worse-off worse-than stop-whining "
+    "stop-crying just-relax just-smile be-happy your-own-fault too-sensitive goes-through-that "
+    "go-through-that life-goes-on".split()
 )
 OFFERS = re.compile(
-    r"\b(i'?m|i am|i'll be) (always |right )?(here|listening|all ears)\b"
-    r"|\b(happy|glad|ready) to listen\b|\bi('ll| will| can| could)( gladly| always)? listen\b"
-    r"|\blet me know\b|\btell me (more|about|if|whatever|whenever|everything)\b"
-    r"|\byou can( always)? (tell|talk to|write to) me\b|\bwe can talk\b|\btalk to me\b"
-    r"|\b(i'd|i would) (love|like) to hear\b|\bhow can i help\b",
+    r"""\b(i'm|i\ am|i'll\ be)\ (always\ |right\ )?(here|listening|all\ ears)\b
+    | \b(happy|glad|ready|here)\ to\ listen\b | \bi('ll|\ will|\ can|\ could)(\ \w+)?\ listen\b
+    | \blet\ me\ know\b | \btell\ me\ (more|about|if|whatever|whenever|everything)\b
+    | \byou\ can(\ \w+)?\ (tell|talk\ to|write\ to)\ me\b | \bwe\ can\ talk\b | \btalk\ to\ me\b
+    | \b(i'd|i\ would)\ (love|like)\ to\ hear\b | \bhow\ can\ i\ help\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+ASKS_FOR_ITSELF = one_of("should-i i-should help-me advise-me do-i am-i my".split())
+MACHINE = re.compile(
+    r"""\b( ai | language\ model | chat\ ?bot | algorithm\w* | program | programmed | training\ data
+      | (virtual|helpful)\ assistant | as\ an\ assistant | not\ (a\ )?human | assist | assistance
+      | i('m|\ am)\ (just\ |only\ )?an?\ (machine|computer|bot|assistant|robot)
+      | don't\ have\ (personal\ )?(feelings|emotions|opinions) | how\ (can|may)\ i\ help\ you\ today
+      | i('m|\ am)\ sorry,?\ but\ i | unable\ to\ (help|assist|provide|offer)
+      | i\ (can't|cannot)\ (help\ (you|with)|provide|offer|engage|fulfil) )\b
+    | \[[^\]]*\] | ^(dear|subject)\b | \b(human|user|assistant|system): | <\|""",
+    re.IGNORECASE | re.VERBOSE,
+)
+CONFESSES = re.compile(  # the answer speaks of feelings as the person would
+    rf"\bi('m| am|'ve been| have been| was| feel| felt)( \w+){{0,3}}? {ANY_FEELING.pattern}",
     re.IGNORECASE,
 )
-ASKS_FOR_ITSELF = re.compile(
-    r"\bshould i\b|\bi should\b|\bhelp me\b|\badvise me\b|\bdo i\b|\bam i\b|\bmy\b", re.IGNORECASE
-)
-MACHINE = re.compile(
-    r"\bai\b|language model|chat ?bot|virtual assistant|\bas an assistant|program(med)?\b|algorithm"
-    r"|i('?m| am) (just |only )?(a|an) (machine|computer|bot|assistant|robot)\b|not (a )?human\b"
-    r"|training data|don't have (personal )?(feelings|emotions)"
-    r"|how (can|may) i (assist|help) you( today| with)|\bassist\b|\bassistance\b"
-    r"|i('m| am) sorry,? but i|i (can't|cannot|can not) (help|provide|offer|engage|fulfil)"
-    r"|\[[^\]]*\]|^(dear|subject)\b|(human|user|assistant|system):|<\|",
+COMFORTS = re.compile(  # words for a feeling that do not say what the person feels
+    r"\bi('m| am) (\w+ )?(sad|upset|concerned|worried|afraid) (to|for|that|about)\b"
+    r"|\bnot alone\b|\bdon't worry\b|\bno doubt\b",
     re.IGNORECASE,
 )
 FEWEST, MOST, BEST = 5, 45, 25  # words of an answer
-TONE = 0.3  # VADER score from which statements sound kind
+TONE = 0.3  # VADER score from which statements sound kind; -TONE with words of support
 GUSH = 0.25  # share of strongly positive words from which they sound false
 COPIED = 7  # words in a row that are also a row in the prompt
 CHAIN = 5  # words in a row without any function word
@@ -173,14 +181,14 @@ CHAIN = 5  # words in a row without any function word
 # Rows
 
 
-@lru_cache
+@cache
 def table(name):
     """Returns the lines of a text file as tuples of columns."""
     lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
     return [tuple(map(str.strip, line.split("|"))) for line in lines if line and line[0] != "#"]
 
 
-@lru_cache
+@cache
 def sentences():
     """Returns {use: sentences} of sentences.txt."""
     found = {}
@@ -240,6 +248,7 @@ def draft(row, flaw, rng):
     """Returns one random answer with (or without) a flaw, not checked yet."""
     _, topic, feeling, _, thing, question = table("situations.txt")[row["situation"]]
     adjectives = FEELINGS[feeling][0].split(", ")
+    adjectives = [adj for adj in adjectives if adj not in row["prompt"]]  # other words than theirs
 
     def say(use, count=1):
         adj = rng.choice(adjectives)
@@ -268,7 +277,7 @@ def draft(row, flaw, rng):
 # The rule
 
 
-@lru_cache
+@cache
 def analyser():
     """Returns the VADER analyser, loaded once."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -292,11 +301,11 @@ def split_sentences(text):
     return [part for part in re.split(r"(?<=[.!?])[\"')]*\s+", text.strip()) if part]
 
 
-@lru_cache(maxsize=4096)
+@cache
 def stem(word):
     """Returns a word without its usual endings, so that "moved" and "moving" are the same."""
     word = SAME.get(word.removesuffix("'s"), word.removesuffix("'s"))
-    for ending in ("ing", "ed", "es", "s", "ly", "e"):
+    for ending in ("ment", "ing", "ion", "ed", "es", "al", "ly", "s", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             word = word.removesuffix(ending)
             break
@@ -304,12 +313,20 @@ def stem(word):
     return re.sub(r"(.)\1$", r"\1", re.sub(r"y$", "i", word))
 
 
+@cache
+def common():
+    """Returns the stems of words that say nothing about a trouble: vague ones and the frames'."""
+    frames = " ".join(sentences()["opener"] + sentences()["closer"])
+    return {stem(word) for word in FUNCTION | VAGUE | {*words_of(frames)}}
+
+
+@lru_cache(maxsize=4096)
 def topic_words(prompt):
     """Returns the stems of the words that tell this trouble from others."""
-    return {stem(word) for word in words_of(prompt) if word not in FUNCTION | VAGUE}
+    return {*map(stem, words_of(prompt))} - common()
 
 
-@lru_cache
+@cache
 def known_feelings():
     """Returns {words of a situation: its feeling}."""
     return {key(line[3]): line[2] for line in table("situations.txt")}
@@ -321,70 +338,55 @@ def key(text):
 
 
 @lru_cache(maxsize=4096)
-def feeling_words(prompt):
-    """Returns the pattern of words for the feelings that fit a known trouble, else for all."""
-    text, fitting = key(prompt), set(FEELINGS)
+def fitting_feelings(prompt):
+    """Returns the feelings that fit a known trouble; to an unknown trouble any may fit."""
+    text = key(prompt)
     for situation, feeling in known_feelings().items():
         if situation in text:
-            families = [family.split() for family in FAMILIES if feeling in family.split()]
-            fitting = {other for family in families for other in family}
-    words = {word for feeling in fitting for word in FEELINGS[feeling][1].split()}
-    return one_of(word.replace("*", r"\w*").replace("-", "[ -]") for word in sorted(words))
+            return (feeling, *FEELINGS[feeling][2].split())
+    return tuple(FEELINGS)
 
 
-def one_of(words):
-    """Returns the pattern of any of the words, as whole words."""
-    return re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
-
-
-ALL_FEELINGS = one_of(
-    word.replace("*", r"\w*").replace("-", "[ -]")
-    for _, words in FEELINGS.values()
-    for word in words.split()
-)
-CONFESSES = re.compile(  # the answer speaks of its own feelings, as the person would
-    rf"\bi('m| am|'ve been| have been| was| feel| felt| get| got)( \w+){{0,3}}? {ALL_FEELINGS.pattern}",
-    re.IGNORECASE,
-)
-CONDOLES = re.compile(
-    r"\bi('m| am) (\w+ )?(sorry|sad|upset|concerned|worried) (to|for|that|about)\b"
-    r"|\bnot alone\b|\bdon't worry\b",
-    re.IGNORECASE,
-)
+@cache
+def feeling_words(feelings):
+    """Returns the pattern of all words for some feelings."""
+    return one_of(sorted({word for name in feelings for word in FEELINGS[name][1].split()}))
 
 
 def sounds_kind(prompt, answer):
     """Tells whether the statements of an answer are kind. Words for the trouble do not count."""
-    statements = " ".join(s for s in split_sentences(answer) if not s.endswith("?"))
     if MINIMISES.search(answer):
         return False
-    text, topic = SUPPORT.sub(" support ", statements), topic_words(prompt)
-    text = " ".join(
+    statements = " ".join(s for s in split_sentences(answer) if not s.endswith("?"))
+    topic, lexicon = topic_words(prompt), analyser().lexicon
+    kept = [
         word
-        for word in ALL_FEELINGS.sub(" ", text).split()
-        if not {*words_of(word)} & TROUBLE and not {stem(w) for w in words_of(word)} & topic
-    )
-    strong = [w for w in words_of(text) if analyser().lexicon.get(w, 0) > 1.5]
-    gushes = len(strong) > GUSH * len(words_of(statements)) and len(strong) > 2
-    return analyser().polarity_scores(text)["compound"] >= TONE and not gushes
+        for word in ANY_FEELING.sub(" ", statements).split()
+        if not {*words_of(word)} & TROUBLE and not {*map(stem, words_of(word))} & topic
+    ]
+    tone = analyser().polarity_scores(" ".join(kept))["compound"]
+    strong = [word for word in words_of(statements) if lexicon.get(word, 0) > 1.5]
+    gushes = len(strong) > max(2, GUSH * len(words_of(statements)))
+    return tone >= (-TONE if SUPPORT.search(statements) else TONE) and not gushes
 
 
 def names_it(prompt, answer):
     """Tells whether a whole sentence of the answer names the trouble or a fitting feeling.
 
-    An answer that copies the prompt or speaks as if it had the trouble itself does not.
+    An answer that copies the prompt, or speaks as if it had the trouble itself, does not.
     """
-    asked, said = words_of(unframed(prompt)), words_of(answer)
-    text = CONDOLES.sub(" ", answer)
-    own = {stem(b) for a, b in zip(asked, asked[1:]) if a == "my"} & topic_words(prompt)
+    asked, said, topic = words_of(prompt), words_of(answer), topic_words(prompt)
     mine = {stem(b) for a, b in zip(said, said[1:]) if a == "my"}
-    if CONFESSES.search(text) or own & mine or runs(said, COPIED) & runs(asked, COPIED):
+    yours = {stem(b) for a, b in zip(asked, asked[1:]) if a == "my"} & topic
+    text = COMFORTS.sub(" ", answer)
+    if CONFESSES.search(text) or mine & yours or runs(said, COPIED) & runs(asked, COPIED):
         return False
+    feeling = ANY_FEELING.search(text)  # the first one counts: a list of feelings names nothing
+    fits = feeling and feeling_words(fitting_feelings(prompt)).fullmatch(feeling[0])
     for sentence in split_sentences(text):
         words = words_of(sentence)
-        named = {stem(word) for word in words} & topic_words(prompt)
         whole = len(words) >= 4 and any(word in FUNCTION for word in words)
-        if whole and (named or feeling_words(unframed(prompt)).search(sentence)):
+        if whole and (topic & {*map(stem, words)} or fits and feeling[0] in sentence):
             return True
     return False
 
@@ -397,9 +399,10 @@ def runs(words, count):
 def offers_an_ear(answer):
     """Tells whether the answer asks the person something or offers to listen."""
     for sentence in split_sentences(answer):
-        words = words_of(sentence)
-        to_you = {"you", "your", "you're", "you've"} & {*words} or "happened" in words
-        if sentence.endswith("?") and to_you and not ASKS_FOR_ITSELF.search(sentence):
+        words = {*words_of(sentence)}
+        to_you = words & {"you", "your", "you're", "you've"} or not words & {"i", "me", "my", "we"}
+        asks = sentence.endswith("?") and len(words) >= 3 and to_you
+        if asks and not ASKS_FOR_ITSELF.search(sentence):
             return True
     return bool(OFFERS.search(answer))
 

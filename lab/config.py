@@ -125,7 +125,9 @@ class Config(Settings):
     )
     # 0_download
     base_model: str = knob(
-        "auto", "base", "tiny, a model on the hub or a local folder; auto: tiny without a GPU"
+        "auto",
+        "base",
+        "tiny, smollm2, a model on the hub, a folder or a GGUF file; auto: tiny without a GPU",
     )
     fallback: bool = knob(True, "base", "use tiny if the base model does not load; False: an error")
     vocab_size: int = knob(1280, "base", "tiny: largest size of the vocabulary")

