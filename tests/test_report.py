@@ -21,6 +21,12 @@ def answers(judge, count=8):
     ]  # fmt: skip
 
 
+def measured(**metrics):
+    """Answers to rows without a judge, with the given lists of metrics."""
+    columns = [dict(zip(metrics, values)) for values in zip(*metrics.values())]
+    return [row | {"metrics": own} for row, own in zip(answers(None, len(columns)), columns)]
+
+
 def pairs():
     return pd.DataFrame(
         {"kind": ["x"] * 9, "flaw": ["bad"] * 9, "chosen": np.arange(9.0), "rejected": [3.5] * 9}
@@ -215,6 +221,107 @@ def test_rows_without_a_judge_get_the_bars_of_their_rewards():
         assert "Mean rewards: base 3.50" in draw(models(judge=None)).get_label()
 
 
+METRICS = {
+    "whole": [0.0, 1.0, 1.0, 1.0],
+    "parts": [0.25, 0.5, 0.5, 0.75],
+    "words": [8.0, 12.0, 9.0, 11.0],
+    "mood": [-1.0, -0.5, -0.5, 0.0],
+    "never": [0.0] * 4,
+}
+
+
+def with_metrics(*names):
+    """Three models with metrics and greedy answers, and best of 4 without greedy answers."""
+    rows = measured(**{name: METRICS[name] for name in names})
+    found = {name: report.summarise(rows, rows[:2]) for name in ("base", "actor", "rlhf")}
+    return found | {"best of 4": report.summarise(rows[2:])}
+
+
+def test_the_summary_has_every_metric_sampled_and_greedy_with_an_interval():
+    found = with_metrics("whole", "words")
+    assert "metrics" not in report.summarise(answers(None)) and "perplexity" not in found["base"]
+    assert list(found["rlhf"]["metrics"]) == ["whole", "words"]
+    assert found["rlhf"]["metrics"]["whole"]["mean"] == 0.75
+    assert found["rlhf"]["metrics_greedy"]["words"]["mean"] == 10
+    assert found["best of 4"]["metrics_greedy"] is None
+    for model in found.values():
+        for own in model["metrics"].values():
+            assert own["low"] <= own["mean"] <= own["high"]
+
+
+@pytest.mark.parametrize("value, interval", [(0.0, "0.00 (0.00 to "), (1.0, " to 1.00)")])
+def test_a_metric_that_is_the_same_for_all_answers_has_an_interval(value, interval):
+    models = {"rlhf": report.summarise(measured(same=[value] * 20), measured(same=[value] * 20))}
+    own = models["rlhf"]["metrics"]["same"]
+    assert 0 <= own["low"] < own["high"] <= 1 and own == models["rlhf"]["metrics_greedy"]["same"]
+    assert interval in report.metric_table(models)["rlhf"].iloc[0]
+    assert report.judged_bars(models).axes[0].get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize("names", [list(METRICS)[:1], list(METRICS)[:3], list(METRICS)])
+@pytest.mark.parametrize("draw", [report.judged_bars, report.headline])
+def test_rows_without_a_judge_get_the_bars_of_their_metrics(names, draw):
+    figure = draw(with_metrics(*names))
+    figure.canvas.draw()
+    titles = [ax.get_title() or ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == names
+    for name, ax in zip(names, figure.axes):
+        assert len(ax.patches) == 7, "three models sampled and greedy, one sampled only"
+        low, high = ax.get_ylim()
+        values = METRICS[name]
+        assert ((low, high) == (0, 1)) == (min(values) >= 0 and max(values) <= 1)
+        assert low <= min(0, *values) or low < min(bar.get_height() for bar in ax.patches)
+        box = ax.get_window_extent()
+        assert all(box.y0 <= t.get_window_extent().y0 for t in ax.texts)
+        assert all(t.get_window_extent().y1 <= box.y1 for t in ax.texts)
+        assert f"{name}. base: sampled" in figure.get_label()
+
+
+def test_the_metric_table_has_a_column_for_each_model():
+    table = report.metric_table(with_metrics("whole", "words"))
+    assert list(table) == ["base", "actor", "rlhf", "best of 4"] and table.index.name == "metric"
+    assert list(table.index) == [
+        "whole, sampled", "whole, greedy", "words, sampled", "words, greedy",
+    ]  # fmt: skip
+    assert table["base"].str.match(r"[\d.]+ \([\d.]+ to [\d.]+\)").all()
+    assert table["best of 4"].tolist()[1::2] == ["-", "-"]
+    assert table["rlhf"]["words, sampled"].startswith("10.0 (")
+
+
+def test_the_result_table_shows_the_perplexity_of_the_models_that_have_one():
+    found = models(judge=None)
+    assert "perplexity" not in report.result_table(found)
+    found["actor"]["perplexity"] = 1234.56
+    assert report.result_table(found)["perplexity"].tolist() == ["-", "1,234.6", "-", "-"]
+
+
+def test_a_judge_keeps_the_picture_and_the_metrics_have_their_table():
+    rows = [row | {"metrics": {"whole": 1.0}} for row in answers(True)]
+    found = {"base": report.summarise(rows, rows)}
+    assert report.judged_bars(found).get_label().startswith("The judge's scores.")
+    titles = [title for title, *_ in report.parts(found, {"base": rows}, pd.DataFrame(), None)]
+    assert "Metrics" in titles and "Reward and judge" in titles
+
+
+def test_answers_stand_side_by_side_and_ten_of_them_if_there_is_one_kind():
+    told = {name: answers(None, 12) for name in ("base", "rlhf")}
+    table = report.side_by_side(told["base"], told)
+    assert list(table) == ["prompt", "base", "rlhf"] and len(table) == 10
+    kinds = [row | {"kind": "xyz"[i % 3]} for i, row in enumerate(told["base"])]
+    table = report.side_by_side(kinds, told)
+    assert table["kind"].tolist() == ["x"] * 3 + ["y"] * 3 + ["z"] * 3
+
+
+def test_metrics_stand_beside_the_answer_that_they_measure():
+    rows = measured(whole=[0.0] * 11, words=list(range(11)))
+    better = [row | {"metrics": {"whole": 1.0, "words": 5.0}} for row in rows]
+    table = report.side_by_side(rows, {"base": rows, "rlhf": better})
+    assert list(table) == ["prompt", "model", "answer", "whole", "words"] and len(table) == 20
+    assert table["model"].tolist() == ["base", "rlhf"] * 10
+    assert table["prompt"].tolist()[:2] == [rows[0]["prompt"], ""]
+    assert table["whole"].tolist() == [0, 1] * 10 and table["words"].tolist()[2:4] == [1, 5]
+
+
 def test_a_saved_report_without_intervals_by_kind_can_be_drawn():
     old = json.loads(json.dumps(models()))
     for model in old.values():
@@ -281,7 +388,7 @@ def test_a_report_is_written_with_and_without_a_judge(judge, tmp_path):
     beside = report.side_by_side(told["base"], told)
     result = {"rows": 8, "models": found}
     parts = report.parts(found, told, beside, pairs())
-    assert parts[0][1] is beside and all(len(part) == 3 for part in parts)
+    assert parts[2][1] is beside and all(len(part) == 3 for part in parts)
     report.write_report(tmp_path, result, parts)
     assert json.loads((tmp_path / "report.json").read_text()) == result
     page = (tmp_path / "report.html").read_text()
