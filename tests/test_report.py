@@ -1,13 +1,19 @@
-"""Figures and the report: what they show is what was measured, with and without a judge."""
+"""Metrics, perplexity, figures and the report: what they show is what was measured."""
 
+import copy
 import json
+import math
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
+from tokenizers.processors import TemplateProcessing
 
-from lab import report
+import util
+from lab import CourseError, report
 
 
 def answers(judge, count=8):
@@ -121,6 +127,141 @@ def test_the_result_table_says_how_many_questions_each_model_answered():
 def test_a_cell_shows_no_minus_zero_and_a_dash_for_what_is_missing():
     values = [-0.0, -1e-9, 0.12345, 3, float("nan"), None, "text"]
     assert list(map(report.cell, values)) == ["0", "-1e-09", "0.123", "3", "-", "-", "text"]
+
+
+# ------------------------------------------------------------------------- metrics and perplexity
+
+OWN = """
+def letters(prompts, responses):
+    return [len(text) for text in responses]
+
+def asked(prompts, responses):
+    return [float(prompt.endswith("Assistant:")) for prompt in prompts]
+
+def fails(prompts, responses):
+    return [1 / 0]
+"""
+
+
+@pytest.fixture
+def own_metrics(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own_metrics", "other_metrics"):
+        (tmp_path / f"{name}.py").write_text(OWN)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def evaluated(tokenizer, model, **values):
+    """The answers of `evaluate` and of `best_of` to six questions, in two parts each."""
+    cfg = util.Config("smoke", device="cpu", max_new_tokens=6, best_of=2, eval_batch=4, **values)
+    crew = util.Crew(tokenizer, model, model, lambda prompts, texts: list(map(len, texts)))
+    rows = [{"prompt": f"Human: What is {i}? Assistant:"} for i in range(6)]
+    rng = util.rng_for(cfg, "test")
+    return util.evaluate(crew, rows, cfg, rng), util.best_of(crew, rows, cfg, rng)
+
+
+def test_every_answer_carries_every_metric_by_its_last_name(own_metrics, tokenizer, text_model):
+    named = " own_metrics.letters,other_metrics.asked , "
+    for results in evaluated(tokenizer, text_model, metric=named):
+        lengths = [len(x["response"]) for x in results]
+        assert [x["metrics"] for x in results] == [{"letters": n, "asked": 1.0} for n in lengths]
+        summary = report.summarise(results)
+        assert summary["metrics"]["letters"]["mean"] == pytest.approx(np.mean(lengths))
+    assert all("metrics" not in x for part in evaluated(tokenizer, text_model) for x in part)
+
+
+@pytest.mark.parametrize(
+    "metric, told",
+    [
+        ("own_metrics.letters, other_metrics.letters", "has two functions named letters"),
+        ("own_metrics.letters, own_metrics.lost", "'own_metrics.lost' cannot be imported"),
+        ("own_metrics.asked, own_metrics.fails", "The metric fails failed .*line 9: ZeroDivision"),
+        ("letters", "To use a function of your own, write module.function"),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_named(own_metrics, tokenizer, text_model, metric, told):
+    with pytest.raises(CourseError, match=told):
+        evaluated(tokenizer, text_model, metric=metric)
+
+
+@pytest.fixture
+def perplexity(tmp_path):
+    """Perplexity of a text for a course whose models read at most 26 tokens."""
+
+    def measure(model, tokenizer, text, name="plain.txt", **values):
+        (tmp_path / "plain.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        how = dict(
+            root=str(tmp_path), device="cpu", max_prompt=20, max_new_tokens=6, plain_text=name
+        )
+        return util.perplexity(model, tokenizer, util.Config("smoke", **how | values))
+
+    return measure
+
+
+TEXT = "The farmer has a table of farms. It is spring, and nobody knows the owner.\n" * 9
+
+
+def with_bos(tokenizer):
+    """The tokenizer with an eos before every text, as OPT has it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    ends = [("</s>", tokenizer.eos_token_id)]
+    bos = TemplateProcessing(single="</s> $A", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = bos
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("front", [0, 1])
+def test_the_perplexity_is_that_of_transformers(perplexity, make_model, tokenizer, family, front):
+    model = make_model(family, len(tokenizer))
+    ids = tokenizer(TEXT)["input_ids"]
+    count = math.ceil(len(ids) / (26 - front))
+    length, losses = len(ids) // count, []
+    assert count > 4 and len(ids) % count, "several blocks, and tokens that are left out"
+    for i in range(count):
+        block = torch.tensor([[1] * front + ids[i * length : (i + 1) * length]])
+        losses.append(model(input_ids=block, labels=block).loss.item())
+    tokenizer = with_bos(tokenizer) if front else tokenizer
+    for batch in (3, 100):
+        found = perplexity(model, tokenizer, TEXT, eval_batch=batch)
+        assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_a_blind_guess_has_the_perplexity_of_the_vocabulary(perplexity, make_model, tokenizer):
+    model = make_model("opt", len(tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for text in (TEXT, "two words", "\ufefftwo </s> words"):
+        assert perplexity(model, tokenizer, text) == pytest.approx(len(tokenizer), rel=1e-5)
+
+
+def test_control_words_in_a_plain_text_are_text(perplexity, text_model, tokenizer):
+    ids = tokenizer("a</s>b")["input_ids"]
+    assert ids[1] == tokenizer.eos_token_id and len(ids) == 3, "a plain tokenizer reads an eos"
+    logprobs = text_model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    wrong = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).mean().neg().exp().item()
+    assert perplexity(text_model, tokenizer, "a</s>b") != pytest.approx(wrong, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, name, told",
+    [
+        ("a b", "lost.txt", r"plain_text cannot be read: there is no file .*lost.txt and no file "),
+        ("a", "plain.txt", "'plain.txt' holds fewer than two tokens: choose a longer text"),
+        ("", "plain.txt", "holds fewer than two tokens"),
+        (b"caf\xe9", "plain.txt", "plain.txt is not UTF-8 text: save the file as UTF-8"),
+    ],
+)
+def test_a_plain_text_that_cannot_be_used_is_named(
+    perplexity, text_model, tokenizer, text, name, told
+):
+    with pytest.raises(CourseError, match=told):
+        perplexity(text_model, tokenizer, text, name)
+
+
+def test_a_plain_text_may_lie_beside_the_notebooks(perplexity, text_model, tokenizer, root):
+    name = "requirements.txt"
+    beside = perplexity(text_model, tokenizer, "another text", name)
+    assert beside == perplexity(text_model, tokenizer, (root / name).read_bytes())
 
 
 # --------------------------------------------------------------------------------------- figures
