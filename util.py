@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, world
+from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, splits, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
@@ -1241,11 +1241,9 @@ def pair_logprobs(model, tokenizer, rows, cfg):
 
 @errors.plain_errors
 def evaluate(crew, rows, cfg, generator, *, temperature=None):
-    """One answer of the policy to each row: text, judge's score, reward, KL, length, eos.
-
-    The judge's score is None for rows that do not say what a right answer is.
-    """
-    results, prompts = [], [row["prompt"] for row in rows]
+    """One answer of the policy to each row: text, judge's score, your metrics, reward, KL, length,
+    eos. The judge's score is None for rows that do not say what a right answer is."""
+    results, prompts, metrics = [], [row["prompt"] for row in rows], metrics_of(cfg)
 
     def read(*tokens):
         how = {"temperature": cfg.temperature, "entropy": False}
@@ -1261,10 +1259,12 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
             "length": tokens[3].sum(1).tolist(),
             "eos": ended(*tokens[2:], stops_of(crew.policy, crew.tokenizer)).tolist(),
         }
-        own = named("metric", cfg.metric, {}) if cfg.metric else None
-        for name, score in (("reward", crew.reward), ("metric", own)):
-            if score is not None:
-                columns[name] = ask(score, [r["prompt"] for r in part], texts, name)[0].tolist()
+        asked = [row["prompt"] for row in part]
+        if crew.reward is not None:
+            columns["reward"] = ask(crew.reward, asked, texts)[0].tolist()
+        if metrics:
+            found = [ask(f, asked, texts, f"metric {x}")[0].tolist() for x, f in metrics.items()]
+            columns["metrics"] = [dict(zip(metrics, numbers)) for numbers in zip(*found)]
         answers = []
         for row, *values in zip(part, *columns.values()):
             answer = {"prompt": row["prompt"], "kind": row.get("kind", "all")}
@@ -1278,6 +1278,49 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
     for part in generate_answers(crew.policy, crew.tokenizer, prompts, cfg, generator, **more):
         results += part
     return results
+
+
+def metrics_of(cfg):
+    """The functions that cfg.metric names, by their last names."""
+    metrics = {}
+    for path in filter(None, map(str.strip, cfg.metric.split(","))):
+        name = path.rpartition(".")[2]
+        if name in metrics:
+            raise CourseError(
+                f"metric = {cfg.metric!r} has two functions named {name}: rename or remove one."
+            )
+        metrics[name] = named("metric", path, {})
+    return metrics
+
+
+@errors.plain_errors
+def perplexity(model, tokenizer, cfg):
+    """exp of the mean negative log-prob of the tokens of cfg.plain_text: 1 if the model knows every
+    next token, V if it finds all tokens equally likely.
+
+    The text is cut into blocks of equal length that every model of the course can read. The first
+    token of a block counts only if the tokenizer puts a bos before it.
+    """
+    known, text = encoder(tokenizer), splits.load_plain_text(cfg)
+    ids = known.ids([known.show(known.hide(text))], special=True)[0]
+    bos, ids = ids[: known.front], ids[known.front : len(ids) - known.back]
+    if len(ids) < 2:
+        raise CourseError(
+            f"plain_text = {cfg.plain_text!r} holds fewer than two tokens: choose a longer text."
+        )
+    count = math.ceil(len(ids) / (cfg.max_prompt + cfg.max_new_tokens - len(bos)))
+    length = len(ids) // count  # the last tokens, fewer than `count`, are left out
+    rows = [bos + ids[i * length : (i + 1) * length] for i in range(count)]
+    given = max(1, len(bos))
+
+    def work(part):
+        ids = torch.tensor(part, device=model.device)  # (B, T)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        tokens = ids[:, :given], real[:, :given], ids[:, given:], real[:, given:]
+        return response_logprobs(model, *tokens, entropy=False)[0]
+
+    logprobs = torch.cat([*in_parts(work, rows, cfg, model)])  # (blocks, tokens)
+    return logprobs.cpu().double().mean().neg().exp().item()
 
 
 def best_of(crew, rows, cfg, generator):

@@ -270,6 +270,9 @@ def show_result(folder):
     if judged:
         print("The judge's mean of sampled and of greedy answers, with its 95 % interval:")
     print_aligned(overview(models, report["rows"], judged))
+    for metric in dict.fromkeys(name for m in models.values() for name in m.get("metrics") or {}):
+        print(f"\nThe mean of {metric}, with its 95 % interval")
+        print_aligned(means_of(metric, models))
     if judged:
         print("\nThe judge's means by kind of question, sampled / greedy")
         print_aligned(by_kind(models))
@@ -283,7 +286,7 @@ def overview(models, rows, judged):
     """The lines of the result, a line for each model: the judge's mean of its sampled answers
     beside that of its greedy ones, and the means of all other figures."""
     numbers = {"reward": ".2f", "kl": ".2f", "length": ".1f", "distinct_2": ".2f", "eos": ".0%"}
-    numbers |= {"metric": ".3g"} if any("metric" in model for model in models.values()) else {}
+    numbers |= {"perplexity": ",.1f"} if any("perplexity" in m for m in models.values()) else {}
     heads = {"kl": "KL", "distinct_2": "distinct-2", "eos": "ended"}
     head = ["model", "questions", *["sampled", "greedy"] * judged]
     yield head + [heads.get(name, name) for name in numbers]
@@ -300,6 +303,16 @@ def with_interval(judge):
 
 def number(value, form):
     return "-" if value is None else format(value, form)
+
+
+def means_of(metric, models):
+    """The lines of one of your metrics: each model's sampled beside its greedy answers."""
+    from lab.report import with_interval
+
+    yield ["model", "sampled", "greedy"]
+    for name, model in models.items():
+        both = model.get("metrics"), model.get("metrics_greedy")
+        yield [name, *(with_interval((found or {}).get(metric)) for found in both)]
 
 
 def by_kind(models):

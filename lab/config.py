@@ -250,7 +250,13 @@ class Config(Settings):
     best_of: int = knob(4, "test", "best-of-n: answers of the actor per question; 1: skip it")
     best_of_rows: int = knob(250, "test", "best-of-n: maximum number of rows to answer")
     metric: str = knob(
-        "", "test", "module.function(prompts, responses) -> numbers: your own metric for the report"
+        "",
+        "test",
+        "module.function(prompts, responses) -> numbers: a metric of your own; separate several by "
+        "commas",
+    )
+    plain_text: str = knob(
+        "", "test", "text file in root or beside the notebooks: each model's perplexity on it"
     )
 
     presets = PRESETS

@@ -398,73 +398,112 @@ def calibration(pairs):
 
 @matplotlib.rc_context(STYLE)
 def judged_bars(models):
-    """The judge's mean of each model, sampled beside greedy: all questions, then kind by kind.
-
-    The lines are 95 % intervals. Without a judge it shows the mean rewards.
-    """
-    if not all(model["judge"] for model in models.values()):
+    """The means of each model, sampled beside greedy, with lines for their 95 % intervals: the
+    judge's scores of all questions and of each kind; without a judge your metrics; without both the
+    mean rewards."""
+    judged = all(model["judge"] for model in models.values())
+    if not judged and not metrics_in(models):
         return reward_bars(models)
-    kinds = list(next(iter(models.values()))["judge"]["kinds"])
-    kinds = kinds if len(kinds) > 1 else []
-    columns = 2 if kinds else 1
-    heights = [2.9] + [2.0] * -(-len(kinds) // columns)
+    first, *rest = panels = judge_panels(models) if judged else metric_panels(models)
+    columns = 2 if rest else 1
+    heights = [2.9] + [2.0] * -(-len(rest) // columns)
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     ax = dressed(figure.add_subplot(grid[0, :]))
-    score_bars(ax, models, lambda judge: (judge["mean"], judge["low"], judge["high"]))
-    ax.set_title("All questions", loc="left")
-    ax.set_ylabel("judge's score")
-    ax.legend(handles=legend_of(models), loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    for i, kind in enumerate(kinds):
+    score_bars(ax, panels[first])
+    ax.set_title(plain(first), loc="left")
+    ax.set_ylabel("judge's score" if judged else "mean")
+    ax.legend(handles=legend_of(panels), loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    for i, title in enumerate(rest):
         ax = dressed(figure.add_subplot(grid[1 + i // columns, i % columns]))
-        score_bars(ax, models, lambda judge, kind=kind: score_of_kind(judge, kind), size=8)
-        ax.set_title(plain(kind), fontsize=10)
-    figure.set_label("The judge's scores. " + in_words(models))
+        score_bars(ax, panels[title], size=8)
+        ax.set_title(plain(title), fontsize=10)
+    told = {"The judge's scores": panels[first]} if judged else panels
+    figure.set_label(" ".join(f"{title}. {in_words(found)}" for title, found in told.items()))
     return figure
+
+
+def judge_panels(models):
+    """The judge's means of all questions, then of each kind: {title: {model: (sampled, greedy)}}.
+
+    A mean has its interval beside it. It is None if there are no greedy answers.
+    """
+    both = {name: (model["judge"], model.get("judge_greedy")) for name, model in models.items()}
+    kinds = list(next(iter(models.values()))["judge"]["kinds"])
+    found = {"All questions": both}
+    for kind in kinds if len(kinds) > 1 else []:
+        found[kind] = {
+            name: [judge and score_of_kind(judge, kind) for judge in pair]
+            for name, pair in both.items()
+        }
+    return found
 
 
 def score_of_kind(judge, kind):
     """Mean and interval of one kind; the mean three times where the interval is not known."""
     mean = judge["kinds"].get(kind, float("nan"))
-    return (mean, *judge.get("intervals", {}).get(kind, (mean, mean)))
+    low, high = judge.get("intervals", {}).get(kind, (mean, mean))
+    return {"mean": mean, "low": low, "high": high}
 
 
-def score_bars(ax, models, score, size=9.5):
-    """Bars from 0 to 1: for each model the sampled and, if there are any, the greedy answers."""
-    for i, (name, model) in enumerate(models.items()):
+def metrics_in(models):
+    """The names of your own metrics, in their order."""
+    return list(dict.fromkeys(x for model in models.values() for x in model.get("metrics") or {}))
+
+
+def metric_panels(models):
+    """The means of each metric, in the form of `judge_panels`."""
+    return {
+        metric: {
+            name: [(model.get(how) or {}).get(metric) for how in ("metrics", "metrics_greedy")]
+            for name, model in models.items()
+        }
+        for metric in metrics_in(models)
+    }
+
+
+def score_bars(ax, models, size=9.5):
+    """For each model a bar for the sampled and, if there are any, for the greedy answers. The axis
+    goes from 0 to 1 if all scores do."""
+    known = [found for both in models.values() for found in both if found]
+    low, high = min(0, *(x["low"] for x in known)), max(0, *(x["high"] for x in known))
+    share = low == 0 and high <= 1
+    room = 1 if share else (high - low) or 1
+    for i, (name, both) in enumerate(models.items()):
         colour = COLOURS.get(name, GREEN)
-        both = [(model["judge"], colour, "white")]
-        if model.get("judge_greedy"):
-            both.append((model["judge_greedy"], TINTS[colour], DARK))
-        for j, (judge, fill_colour, text_colour) in enumerate(both):
-            x = i + (j - (len(both) - 1) / 2) * 0.42
-            mean, low, high = score(judge)
+        both = zip(both, ((colour, "white"), (TINTS[colour], DARK)))
+        both = [(found, *colours) for found, colours in both if found]
+        for j, (found, fill_colour, text_colour) in enumerate(both):
+            x, mean = i + (j - (len(both) - 1) / 2) * 0.42, found["mean"]
             ax.bar(x, mean, 0.4, color=fill_colour)
-            ax.plot([x, x], [low, high], color=DARK, linewidth=1.5, path_effects=HALO)
-            inside = mean > 0.17
-            place, shade = (0.03, text_colour) if inside else (min(high + 0.03, 0.85), INK)
-            text = ax.text(x, place, f"{mean:.2f}", ha="center", fontsize=size, color=shade)
+            ends = [found["low"], found["high"]]
+            ax.plot([x, x], ends, color=DARK, linewidth=1.5, path_effects=HALO)
+            inside = share and mean > 0.17
+            above = max(0, found["high"]) + 0.03 * room
+            above = min(above, 0.85) if share else above
+            place, shade = (0.03, text_colour) if inside else (above, INK)
+            text = ax.text(x, place, digits(mean), ha="center", fontsize=size, color=shade)
             if inside:  # an interval that reaches down to the number does not cross it out
                 text.set_path_effects([withStroke(linewidth=3, foreground=fill_colour), Normal()])
     ax.set_xticks(range(len(models)), [plain(name) for name in models], fontsize=size + 0.5)
-    ax.set(xlim=(-0.6, len(models) - 0.4), ylim=(0, 1))
+    ax.set(xlim=(-0.6, len(models) - 0.4))
+    ax.set_ylim((0, 1) if share else (low - 0.05 * room * (low < 0), high + 0.2 * room))
     ax.tick_params(axis="x", length=0)
     ax.grid(False, axis="x")
 
 
-def legend_of(models):
-    greedy = any(model.get("judge_greedy") for model in models.values())
+def legend_of(panels):
+    greedy = any(both[1] for models in panels.values() for both in models.values())
     handles = [Patch(color="#555555", label="sampled")]
     return handles + [Patch(color="#BDBDBD", label="greedy (temperature 0)")] * greedy
 
 
 def in_words(models):
-    """The judge's means as a sentence, for people who do not see the picture."""
+    """Means as a sentence, for people who do not see the picture."""
     told = []
-    for name, model in models.items():
-        greedy = model.get("judge_greedy")
-        also = f", greedy {greedy['mean']:.2f}" if greedy else ""
-        told.append(f"{name}: sampled {model['judge']['mean']:.2f}{also}")
+    for name, (sampled, greedy) in models.items():
+        also = f", greedy {digits(greedy['mean'])}" if greedy else ""
+        told.append(f"{name}: sampled {digits(sampled['mean'])}{also}")
     return "; ".join(told) + "."
 
 
@@ -472,12 +511,14 @@ def in_words(models):
 def headline(models):
     """The judge's scores of base, actor and rlhf in one small picture, for the README."""
     if not all(model["judge"] for model in models.values()):
-        return reward_bars(models)
+        return judged_bars(models)
     figure, (ax,) = canvas(width=6.4, height=2.7)
-    score_bars(ax, models, lambda judge: (judge["mean"], judge["low"], judge["high"]), size=10.5)
+    panels = judge_panels(models)
+    found = panels["All questions"]
+    score_bars(ax, found, size=10.5)
     ax.set_ylabel("judge's score")
-    ax.legend(handles=legend_of(models), loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    figure.set_label("The judge's scores. " + in_words(models))
+    ax.legend(handles=legend_of(panels), loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    figure.set_label("The judge's scores. " + in_words(found))
     return figure
 
 
@@ -491,7 +532,7 @@ def svg(figure):
 
 @matplotlib.rc_context(STYLE)
 def reward_bars(models):
-    """The mean reward of each model, for rows that have no judge."""
+    """The mean reward of each model, for rows that have neither a judge nor a metric."""
     figure, (ax,) = canvas(width=5.6, height=3.2)
     colours = [COLOURS.get(name, GREEN) for name in models]
     means = [model["reward"] for model in models.values()]
@@ -585,6 +626,12 @@ def judged(results):
     }
 
 
+def measured(results):
+    """The mean of each of your metrics, with its interval; None if there are no answers."""
+    table = pd.DataFrame([result.get("metrics", {}) for result in results])
+    return {name: interval(table[name]) for name in table} or None
+
+
 def distinct_2(texts):
     """Share of different pairs of neighbouring words among all such pairs."""
     pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:])]
@@ -594,11 +641,13 @@ def distinct_2(texts):
 def summarise(sampled, greedy=()):
     """One model's entry in report.json, from its answers at temperature 1 and its greedy ones."""
     table = pd.DataFrame(sampled)
-    means = [name for name in ("reward", "kl", "length", "eos", "metric") if name in table]
+    means = [name for name in ("reward", "kl", "length", "eos") if name in table]
+    own = {"metrics": measured(sampled), "metrics_greedy": measured(greedy)}
     return {
         "questions": len(table),
         "judge": judged(sampled),
         "judge_greedy": judged(greedy) if greedy else None,
+        **(own if "metrics" in table else {}),
         **{name: float(table[name].mean()) for name in means},
         "distinct_2": distinct_2(table["response"]),
     }
@@ -622,14 +671,12 @@ def by_flaw(pairs):
 
 def result_table(models):
     """The table of 4_test: one row per model."""
-    rows = {}
+    rows, perplexity = {}, any("perplexity" in model for model in models.values())
     for name, m in models.items():
         judge, greedy = m["judge"], m.get("judge_greedy")
         row = {"questions": f"{m['questions']:,}"} if "questions" in m else {}
         if judge:
-            row["judge, sampled"] = (
-                f"{judge['mean']:.2f} ({judge['low']:.2f} to {judge['high']:.2f})"
-            )
+            row["judge, sampled"] = with_interval(judge)
             row["judge, greedy"] = f"{greedy['mean']:.2f}" if greedy else "-"
             row |= {kind: f"{mean:.2f}" for kind, mean in judge["kinds"].items()}
         row |= {
@@ -639,19 +686,55 @@ def result_table(models):
             "distinct-2": f"{m['distinct_2']:.2f}",
             "ended": f"{m['eos']:.0%}",
         }
-        if "metric" in m:
-            row["metric"] = f"{m['metric']:.3g}"
+        if perplexity:
+            row["perplexity"] = f"{m['perplexity']:,.1f}" if "perplexity" in m else "-"
         rows[name] = row
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
-def side_by_side(rows, answers, per_kind=3):
-    """Question and answer of every model, the same few rows of each kind."""
-    table = pd.DataFrame(
-        {"kind": [row.get("kind", "all") for row in rows], "prompt": [r["prompt"] for r in rows]}
-        | {name: [result["response"] for result in results] for name, results in answers.items()}
-    )
-    return table.groupby("kind").head(per_kind).sort_values("kind", kind="stable")
+def metric_table(models):
+    """Your metrics, one column per model: the means of sampled and of greedy answers, with their
+    intervals."""
+    rows = {}
+    for metric, found in metric_panels(models).items():
+        for i, how in enumerate(("sampled", "greedy")):
+            rows[f"{metric}, {how}"] = {name: with_interval(x[i]) for name, x in found.items()}
+    return pd.DataFrame(rows).T.rename_axis("metric")
+
+
+def with_interval(found):
+    """A mean and, in brackets, its interval; a dash if there is none."""
+    if not found:
+        return "-"
+    mean, low, high = (digits(found[name], found["mean"]) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def digits(value, like=None):
+    """A number with two decimals; with fewer if it, or the number `like` it, is 10 or more."""
+    whole = len(f"{abs(value if like is None else like):.0f}")
+    return f"{value:z,.{max(0, 3 - whole)}f}"
+
+
+def side_by_side(rows, answers):
+    """Question and answer of every model, the same few rows of each kind, about ten in all. With
+    metrics every answer has a line of its own, and the metrics stand beside it."""
+    kinds = [row.get("kind", "all") for row in rows]
+    several, found = len(set(kinds)) > 1, []
+    for row, kind, *alike in zip(rows, kinds, *answers.values()):
+        asked = {"kind": kind, "prompt": row["prompt"]}
+        if alike and "metrics" in alike[0]:
+            lines = zip(answers, alike)
+            lines = [{"model": m, "answer": x["response"]} | x["metrics"] for m, x in lines]
+            nothing = dict.fromkeys(asked, "")  # the question stands before its first answer only
+            found.append([(asked if not i else nothing) | x for i, x in enumerate(lines)])
+        else:
+            found.append([asked | {m: x["response"] for m, x in zip(answers, alike)}])
+    per_kind = max(3, 10 // max(1, len(set(kinds))))
+    order = pd.Series(kinds, dtype=object)
+    order = order.groupby(order).head(per_kind).sort_values(kind="stable").index
+    table = pd.DataFrame([line for i in order for line in found[i]])
+    return table if several else table.drop(columns="kind")
 
 
 def frame(table):
@@ -674,7 +757,7 @@ def table_html(table):
     head, body = [], [[] for _ in range(len(table))]
     for name, values in zip(table, columns):
         wraps = any(len(value) > 24 for value in values)
-        style = "min-width:11em;white-space:normal" if wraps else "white-space:nowrap"
+        style = "min-width:11em;white-space:pre-line" if wraps else "white-space:nowrap"
         style = f"text-align:left;{style}"
         head.append(f'<th style="text-align:left;white-space:normal">{html.escape(str(name))}</th>')
         for line, value in zip(body, values):
@@ -710,13 +793,16 @@ td,th{{border-color:#444}}}}
 def parts(models, answers, beside, pairs):
     """What report.html shows, in this order: (title, table or figure, caption)."""
     known = all(model["judge"] for model in models.values())
-    found = [
-        (
-            "Answers to the same questions",
-            beside,
-            "Held-out questions and one sampled answer of each model. No training has seen these "
-            "questions.",
-        ),
+    own, plain = metrics_in(models), any("perplexity" in model for model in models.values())
+    if known or own:
+        what = "The judge's mean score" if known else "The mean of each metric"
+        told = f"{what}: dark bars for sampled answers, light bars for greedy answers, lines for "
+        found = [("Sampled and greedy answers", judged_bars(models), f"{told}95 % intervals.")]
+    else:
+        told = "The mean reward of each model. These rows have no judge, so nothing here says "
+        told += "whether a high reward means a good answer."
+        found = [("Reward", judged_bars(models), told)]
+    found.append(
         (
             "Result",
             result_table(models),
@@ -724,18 +810,15 @@ def parts(models, answers, beside, pairs):
             f"{'The columns of single kinds are for sampled answers. ' * known}"
             "Reward: standard deviations above the actor. KL: distance from the actor per answer. "
             "Distinct-2: share of different word pairs. Ended: answers that end by themselves. "
+            f"{'Perplexity on a plain text: lower is better. ' * plain}"
             "If a model has fewer questions, it answered the first ones of the same list.",
-        ),
-        (
-            "Sampled and greedy answers" if known else "Reward",
-            judged_bars(models),
-            "The judge's mean score: dark bars for sampled answers, light bars for greedy answers, "
-            "lines for 95 % intervals."
-            if known
-            else "The mean reward of each model. These rows have no judge, so nothing here says "
-            "whether a high reward means a good answer.",
-        ),
-    ]
+        )
+    )
+    if own:
+        told = "The mean of each metric; in brackets its 95 % interval."
+        found.append(("Metrics", metric_table(models), told))
+    told = "Held-out questions and one sampled answer of each model. No training has seen these "
+    found.append(("Answers to the same questions", beside, f"{told}questions."))
     if known:
         found.append(
             (

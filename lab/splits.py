@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lab import CourseError
-from lab.data import check_no_overlap, read_rows
+from lab.data import check_no_overlap, read_rows, reading
 from lab.rewards import named
 
 
@@ -41,6 +41,20 @@ def load_eval_rows(cfg):
     if (Path(cfg.root) / "dataset" / "train.json").exists():
         check_no_overlap(read_dataset(cfg, "train.json"), rows, "eval.json")
     return rows[: cfg.test_rows]
+
+
+def load_plain_text(cfg):
+    """Returns the text of cfg.plain_text, a file in root or in the folder of the notebooks."""
+    places = [Path(folder) / cfg.plain_text for folder in (cfg.root, Path(__file__).parents[1])]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        lost = " and no file ".join(dict.fromkeys(map(str, places)))
+        raise CourseError(f"plain_text cannot be read: there is no file {lost}. Check its name.")
+    with reading(path):
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise CourseError(f"{path} is not UTF-8 text: save the file as UTF-8.") from None
 
 
 def batches(count, size, generator):

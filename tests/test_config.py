@@ -229,6 +229,13 @@ def evaluated(place, values):
     return util.evaluate(crew_of(cfg), rows, cfg, util.rng_for(cfg, "test"))
 
 
+def perplexity(place, values):
+    (place.finished / "plain.txt").write_text("Human: who are you? Assistant: nobody")
+    cfg = config(place.finished, values)
+    tokenizer, model = util.load_pair(cfg, "actor")
+    return util.perplexity(model, tokenizer, cfg)
+
+
 def best(place, values):
     cfg = config(place.finished, values)
     return util.best_of(crew_of(cfg), util.load_eval_rows(cfg), cfg, util.rng_for(cfg, "test"))
@@ -347,6 +354,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "best_of": (2, best, {}),
     "best_of_rows": (2, best, {}),
     "metric": ("own_functions.count", evaluated, {}),
+    "plain_text": ("dataset/eval.json", perplexity, dict(plain_text="plain.txt")),
 }
 
 

@@ -274,10 +274,27 @@ def test_the_table_shows_sampled_beside_greedy(printed):
 
 def test_the_table_without_a_judge_shows_what_there_is(printed):
     models = {name: model(0, judged=False) for name in ("base", "actor", "rlhf")}
-    models = {name: entry | {"metric": 12.34} for name, entry in models.items()}
     said, (table, *rest) = printed({"rows": 600, "models": models, "critic": None})
-    assert table["model"] == [
-        "questions", "reward", "KL", "length", "distinct-2", "ended", "metric",
-    ]  # fmt: skip
-    assert table["actor"] == ["600", "-", "1.25", "17.5", "0.62", "100%", "12.3"]
-    assert "kind" not in said and "reward model" not in said
+    assert table["model"] == ["questions", "reward", "KL", "length", "distinct-2", "ended"]
+    assert table["actor"] == ["600", "-", "1.25", "17.5", "0.62", "100%"]
+    assert "kind" not in said and "reward model" not in said and "metrics" not in said
+
+
+def test_the_table_shows_metrics_and_perplexity(printed):
+    def numbers(mean):
+        return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}
+
+    own = {"metrics": {"whole": numbers(0.4), "mood": numbers(-0.5)}}
+    own["metrics_greedy"] = {"whole": numbers(0.6), "mood": numbers(12.0)}
+    models = {name: model(0, judged=False) | own for name in ("base", "actor", "rlhf")}
+    models["rlhf"]["perplexity"] = 1234.56
+    best = models["base"] | {"n": 4, "metrics_greedy": None}
+    report = {"rows": 600, "models": models, "best_of": best}
+    said, (table, whole, mood) = printed(report)
+    assert table["model"][-1] == "perplexity"
+    assert [table[name][-1] for name in ("base", "rlhf")] == ["-", "1,234.6"]
+    assert "The mean of whole, with" in said and "The mean of mood, with" in said
+    assert whole["model"] == ["sampled", "greedy"]
+    assert whole["rlhf"] == ["0.40 (0.38 to 0.42)", "0.60 (0.58 to 0.62)"]
+    assert whole["best of 4"] == ["0.40 (0.38 to 0.42)", "-"]
+    assert mood["base"] == ["-0.50 (-0.52 to -0.48)", "12.0 (12.0 to 12.0)"]

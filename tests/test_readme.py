@@ -66,7 +66,8 @@ def test_a_reward_a_metric_and_a_reader_of_ones_own(here):
     history = train(here, reward="model - 0.01*length + 0.5*mine.polite", resume=False)
     assert {"reward_model", "reward_length", "reward_mine.polite"} <= set(history[0])
 
-    cfg = util.Config("smoke", root=str(here), metric="mine.words", reader="mine.read", **SMALL)
+    (metric,) = re.findall(r'--set "metric=(.+?)"', TEXT)
+    cfg = util.Config("smoke", root=str(here), metric=metric, reader="mine.read", **SMALL)
     rows = [json.loads(line) for line in (here / "dataset" / "eval.json").open(encoding="utf-8")]
     for name, asked in (("eval", rows[:5]), ("train", rows[5:9])):
         lines = ["prompt,chosen,rejected"]
@@ -77,7 +78,8 @@ def test_a_reward_a_metric_and_a_reader_of_ones_own(here):
     tokenizer, actor = util.load_pair(cfg, "actor")
     crew = util.Crew(tokenizer, actor, actor, util.load_reward(cfg))
     results = util.evaluate(crew, read, cfg, util.rng_for(cfg, "test"))
-    assert [r["metric"] for r in results] == [len(r["response"].split()) for r in results]
+    assert all(set(r["metrics"]) == {"polite", "words"} for r in results)
+    assert [r["metrics"]["words"] for r in results] == [len(r["response"].split()) for r in results]
 
 
 def test_a_reward_without_a_model_needs_no_critic(here):

@@ -1,13 +1,19 @@
-"""Figures and the report: what they show is what was measured, with and without a judge."""
+"""Metrics, perplexity, figures and the report: what they show is what was measured."""
 
+import copy
 import json
+import math
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
+from tokenizers.processors import TemplateProcessing
 
-from lab import report
+import util
+from lab import CourseError, report
 
 
 def answers(judge, count=8):
@@ -19,6 +25,12 @@ def answers(judge, count=8):
         }
         for i in range(count)
     ]  # fmt: skip
+
+
+def measured(**metrics):
+    """Answers to rows without a judge, with the given lists of metrics."""
+    columns = [dict(zip(metrics, values)) for values in zip(*metrics.values())]
+    return [row | {"metrics": own} for row, own in zip(answers(None, len(columns)), columns)]
 
 
 def pairs():
@@ -115,6 +127,141 @@ def test_the_result_table_says_how_many_questions_each_model_answered():
 def test_a_cell_shows_no_minus_zero_and_a_dash_for_what_is_missing():
     values = [-0.0, -1e-9, 0.12345, 3, float("nan"), None, "text"]
     assert list(map(report.cell, values)) == ["0", "-1e-09", "0.123", "3", "-", "-", "text"]
+
+
+# ------------------------------------------------------------------------- metrics and perplexity
+
+OWN = """
+def letters(prompts, responses):
+    return [len(text) for text in responses]
+
+def asked(prompts, responses):
+    return [float(prompt.endswith("Assistant:")) for prompt in prompts]
+
+def fails(prompts, responses):
+    return [1 / 0]
+"""
+
+
+@pytest.fixture
+def own_metrics(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own_metrics", "other_metrics"):
+        (tmp_path / f"{name}.py").write_text(OWN)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def evaluated(tokenizer, model, **values):
+    """The answers of `evaluate` and of `best_of` to six questions, in two parts each."""
+    cfg = util.Config("smoke", device="cpu", max_new_tokens=6, best_of=2, eval_batch=4, **values)
+    crew = util.Crew(tokenizer, model, model, lambda prompts, texts: list(map(len, texts)))
+    rows = [{"prompt": f"Human: What is {i}? Assistant:"} for i in range(6)]
+    rng = util.rng_for(cfg, "test")
+    return util.evaluate(crew, rows, cfg, rng), util.best_of(crew, rows, cfg, rng)
+
+
+def test_every_answer_carries_every_metric_by_its_last_name(own_metrics, tokenizer, text_model):
+    named = " own_metrics.letters,other_metrics.asked , "
+    for results in evaluated(tokenizer, text_model, metric=named):
+        lengths = [len(x["response"]) for x in results]
+        assert [x["metrics"] for x in results] == [{"letters": n, "asked": 1.0} for n in lengths]
+        summary = report.summarise(results)
+        assert summary["metrics"]["letters"]["mean"] == pytest.approx(np.mean(lengths))
+    assert all("metrics" not in x for part in evaluated(tokenizer, text_model) for x in part)
+
+
+@pytest.mark.parametrize(
+    "metric, told",
+    [
+        ("own_metrics.letters, other_metrics.letters", "has two functions named letters"),
+        ("own_metrics.letters, own_metrics.lost", "'own_metrics.lost' cannot be imported"),
+        ("own_metrics.asked, own_metrics.fails", "The metric fails failed .*line 9: ZeroDivision"),
+        ("letters", "To use a function of your own, write module.function"),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_named(own_metrics, tokenizer, text_model, metric, told):
+    with pytest.raises(CourseError, match=told):
+        evaluated(tokenizer, text_model, metric=metric)
+
+
+@pytest.fixture
+def perplexity(tmp_path):
+    """Perplexity of a text for a course whose models read at most 26 tokens."""
+
+    def measure(model, tokenizer, text, name="plain.txt", **values):
+        (tmp_path / "plain.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        how = dict(
+            root=str(tmp_path), device="cpu", max_prompt=20, max_new_tokens=6, plain_text=name
+        )
+        return util.perplexity(model, tokenizer, util.Config("smoke", **how | values))
+
+    return measure
+
+
+TEXT = "The farmer has a table of farms. It is spring, and nobody knows the owner.\n" * 9
+
+
+def with_bos(tokenizer):
+    """The tokenizer with an eos before every text, as OPT has it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    ends = [("</s>", tokenizer.eos_token_id)]
+    bos = TemplateProcessing(single="</s> $A", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = bos
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("front", [0, 1])
+def test_the_perplexity_is_that_of_transformers(perplexity, make_model, tokenizer, family, front):
+    model = make_model(family, len(tokenizer))
+    ids = tokenizer(TEXT)["input_ids"]
+    count = math.ceil(len(ids) / (26 - front))
+    length, losses = len(ids) // count, []
+    assert count > 4 and len(ids) % count, "several blocks, and tokens that are left out"
+    for i in range(count):
+        block = torch.tensor([[1] * front + ids[i * length : (i + 1) * length]])
+        losses.append(model(input_ids=block, labels=block).loss.item())
+    tokenizer = with_bos(tokenizer) if front else tokenizer
+    for batch in (3, 100):
+        found = perplexity(model, tokenizer, TEXT, eval_batch=batch)
+        assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_a_blind_guess_has_the_perplexity_of_the_vocabulary(perplexity, make_model, tokenizer):
+    model = make_model("opt", len(tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for text in (TEXT, "two words", "\ufefftwo </s> words"):
+        assert perplexity(model, tokenizer, text) == pytest.approx(len(tokenizer), rel=1e-5)
+
+
+def test_control_words_in_a_plain_text_are_text(perplexity, text_model, tokenizer):
+    ids = tokenizer("a</s>b")["input_ids"]
+    assert ids[1] == tokenizer.eos_token_id and len(ids) == 3, "a plain tokenizer reads an eos"
+    logprobs = text_model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    wrong = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).mean().neg().exp().item()
+    assert perplexity(text_model, tokenizer, "a</s>b") != pytest.approx(wrong, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, name, told",
+    [
+        ("a b", "lost.txt", r"plain_text cannot be read: there is no file .*lost.txt and no file "),
+        ("a", "plain.txt", "'plain.txt' holds fewer than two tokens: choose a longer text"),
+        ("", "plain.txt", "holds fewer than two tokens"),
+        (b"caf\xe9", "plain.txt", "plain.txt is not UTF-8 text: save the file as UTF-8"),
+    ],
+)
+def test_a_plain_text_that_cannot_be_used_is_named(
+    perplexity, text_model, tokenizer, text, name, told
+):
+    with pytest.raises(CourseError, match=told):
+        perplexity(text_model, tokenizer, text, name)
+
+
+def test_a_plain_text_may_lie_beside_the_notebooks(perplexity, text_model, tokenizer, root):
+    name = "requirements.txt"
+    beside = perplexity(text_model, tokenizer, "another text", name)
+    assert beside == perplexity(text_model, tokenizer, (root / name).read_bytes())
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -215,6 +362,107 @@ def test_rows_without_a_judge_get_the_bars_of_their_rewards():
         assert "Mean rewards: base 3.50" in draw(models(judge=None)).get_label()
 
 
+METRICS = {
+    "whole": [0.0, 1.0, 1.0, 1.0],
+    "parts": [0.25, 0.5, 0.5, 0.75],
+    "words": [8.0, 12.0, 9.0, 11.0],
+    "mood": [-1.0, -0.5, -0.5, 0.0],
+    "never": [0.0] * 4,
+}
+
+
+def with_metrics(*names):
+    """Three models with metrics and greedy answers, and best of 4 without greedy answers."""
+    rows = measured(**{name: METRICS[name] for name in names})
+    found = {name: report.summarise(rows, rows[:2]) for name in ("base", "actor", "rlhf")}
+    return found | {"best of 4": report.summarise(rows[2:])}
+
+
+def test_the_summary_has_every_metric_sampled_and_greedy_with_an_interval():
+    found = with_metrics("whole", "words")
+    assert "metrics" not in report.summarise(answers(None)) and "perplexity" not in found["base"]
+    assert list(found["rlhf"]["metrics"]) == ["whole", "words"]
+    assert found["rlhf"]["metrics"]["whole"]["mean"] == 0.75
+    assert found["rlhf"]["metrics_greedy"]["words"]["mean"] == 10
+    assert found["best of 4"]["metrics_greedy"] is None
+    for model in found.values():
+        for own in model["metrics"].values():
+            assert own["low"] <= own["mean"] <= own["high"]
+
+
+@pytest.mark.parametrize("value, interval", [(0.0, "0.00 (0.00 to "), (1.0, " to 1.00)")])
+def test_a_metric_that_is_the_same_for_all_answers_has_an_interval(value, interval):
+    models = {"rlhf": report.summarise(measured(same=[value] * 20), measured(same=[value] * 20))}
+    own = models["rlhf"]["metrics"]["same"]
+    assert 0 <= own["low"] < own["high"] <= 1 and own == models["rlhf"]["metrics_greedy"]["same"]
+    assert interval in report.metric_table(models)["rlhf"].iloc[0]
+    assert report.judged_bars(models).axes[0].get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize("names", [list(METRICS)[:1], list(METRICS)[:3], list(METRICS)])
+@pytest.mark.parametrize("draw", [report.judged_bars, report.headline])
+def test_rows_without_a_judge_get_the_bars_of_their_metrics(names, draw):
+    figure = draw(with_metrics(*names))
+    figure.canvas.draw()
+    titles = [ax.get_title() or ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == names
+    for name, ax in zip(names, figure.axes):
+        assert len(ax.patches) == 7, "three models sampled and greedy, one sampled only"
+        low, high = ax.get_ylim()
+        values = METRICS[name]
+        assert ((low, high) == (0, 1)) == (min(values) >= 0 and max(values) <= 1)
+        assert low <= min(0, *values) or low < min(bar.get_height() for bar in ax.patches)
+        box = ax.get_window_extent()
+        assert all(box.y0 <= t.get_window_extent().y0 for t in ax.texts)
+        assert all(t.get_window_extent().y1 <= box.y1 for t in ax.texts)
+        assert f"{name}. base: sampled" in figure.get_label()
+
+
+def test_the_metric_table_has_a_column_for_each_model():
+    table = report.metric_table(with_metrics("whole", "words"))
+    assert list(table) == ["base", "actor", "rlhf", "best of 4"] and table.index.name == "metric"
+    assert list(table.index) == [
+        "whole, sampled", "whole, greedy", "words, sampled", "words, greedy",
+    ]  # fmt: skip
+    assert table["base"].str.match(r"[\d.]+ \([\d.]+ to [\d.]+\)").all()
+    assert table["best of 4"].tolist()[1::2] == ["-", "-"]
+    assert table["rlhf"]["words, sampled"].startswith("10.0 (")
+
+
+def test_the_result_table_shows_the_perplexity_of_the_models_that_have_one():
+    found = models(judge=None)
+    assert "perplexity" not in report.result_table(found)
+    found["actor"]["perplexity"] = 1234.56
+    assert report.result_table(found)["perplexity"].tolist() == ["-", "1,234.6", "-", "-"]
+
+
+def test_a_judge_keeps_the_picture_and_the_metrics_have_their_table():
+    rows = [row | {"metrics": {"whole": 1.0}} for row in answers(True)]
+    found = {"base": report.summarise(rows, rows)}
+    assert report.judged_bars(found).get_label().startswith("The judge's scores.")
+    titles = [title for title, *_ in report.parts(found, {"base": rows}, pd.DataFrame(), None)]
+    assert "Metrics" in titles and "Reward and judge" in titles
+
+
+def test_answers_stand_side_by_side_and_ten_of_them_if_there_is_one_kind():
+    told = {name: answers(None, 12) for name in ("base", "rlhf")}
+    table = report.side_by_side(told["base"], told)
+    assert list(table) == ["prompt", "base", "rlhf"] and len(table) == 10
+    kinds = [row | {"kind": "xyz"[i % 3]} for i, row in enumerate(told["base"])]
+    table = report.side_by_side(kinds, told)
+    assert table["kind"].tolist() == ["x"] * 3 + ["y"] * 3 + ["z"] * 3
+
+
+def test_metrics_stand_beside_the_answer_that_they_measure():
+    rows = measured(whole=[0.0] * 11, words=list(range(11)))
+    better = [row | {"metrics": {"whole": 1.0, "words": 5.0}} for row in rows]
+    table = report.side_by_side(rows, {"base": rows, "rlhf": better})
+    assert list(table) == ["prompt", "model", "answer", "whole", "words"] and len(table) == 20
+    assert table["model"].tolist() == ["base", "rlhf"] * 10
+    assert table["prompt"].tolist()[:2] == [rows[0]["prompt"], ""]
+    assert table["whole"].tolist() == [0, 1] * 10 and table["words"].tolist()[2:4] == [1, 5]
+
+
 def test_a_saved_report_without_intervals_by_kind_can_be_drawn():
     old = json.loads(json.dumps(models()))
     for model in old.values():
@@ -281,7 +529,7 @@ def test_a_report_is_written_with_and_without_a_judge(judge, tmp_path):
     beside = report.side_by_side(told["base"], told)
     result = {"rows": 8, "models": found}
     parts = report.parts(found, told, beside, pairs())
-    assert parts[0][1] is beside and all(len(part) == 3 for part in parts)
+    assert parts[2][1] is beside and all(len(part) == 3 for part in parts)
     report.write_report(tmp_path, result, parts)
     assert json.loads((tmp_path / "report.json").read_text()) == result
     page = (tmp_path / "report.html").read_text()
