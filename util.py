@@ -677,19 +677,17 @@ def own_pairs(cfg, rows, count, noise, purpose):
     """
     labeller = named("labeller", cfg.labeller, SHIPPED)
     tokenizer, actor = load_pair(cfg, "actor")
-    rng = rng_for(cfg, "pairs", purpose)
     prompts = [rows[i % len(rows)]["prompt"] for i in range(count) for _ in range(2)]
-    read = lambda *tokens: decode(tokenizer, *tokens[2:])  # noqa: E731
-    answers = sum(generate_answers(actor, tokenizer, prompts, cfg, rng, then=read), [])
+    rng, answers = rng_for(cfg, "pairs", purpose), []
+    for tokens in generate_answers(actor, tokenizer, prompts, cfg, rng):
+        answers += decode(tokenizer, *tokens[2:])
     scores, _ = ask(labeller, prompts, answers, "labeller")
-    errs = torch.rand(count, generator=rng) < noise
-    pairs = []
-    for prompt, two, (one, other), wrong in zip(
-        prompts[::2], chunks(answers, 2), chunks(scores.tolist(), 2), errs.tolist()
-    ):
-        if one != other:
-            chosen = two[(other > one) != wrong]
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": two[chosen == two[0]]})
+    pairs, errs = [], torch.rand(count, generator=rng) < noise
+    for i, (first, second) in enumerate(chunks(answers, 2)):
+        lead = scores[2 * i] - scores[2 * i + 1]
+        if lead:
+            better, worse = (first, second) if (lead > 0) != errs[i] else (second, first)
+            pairs.append({"prompt": prompts[2 * i], "chosen": better, "rejected": worse})
     return pairs
 
 
