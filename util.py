@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, world
+from lab import CourseError, checks, decoding, errors, fast_path, label, matmul, models, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
@@ -526,13 +526,16 @@ def detached(stats):
 # 7. Pretraining (0_download)
 
 
-def open_stage(cfg, name, inputs=(), data="train.json", code=None):
+def open_stage(cfg, name, inputs=(), data="train.json", code=None, pairs=False):
     """The folder that a training fills. It appears as model/<name> when it is complete.
 
     `code` identifies your own functions, so that a resumed run never continues with other ones.
+    `pairs` says that the stage reads `preference_rows`.
     """
     torch.manual_seed(cfg.seed)  # for models with dropout
     data = [Path(cfg.root) / "dataset" / data]
+    if pairs and cfg.feedback_weight and label.path_of(cfg.root).exists():
+        data.append(label.path_of(cfg.root))
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
     return Stage(cfg.root, name, config, inputs, data, **how)
@@ -661,10 +664,10 @@ def train_critic(cfg):
 
     The members of an ensemble are trained side by side on the same pairs, each in its own order.
     """
-    with open_stage(cfg, "critic", inputs=["actor"]) as stage:
+    with open_stage(cfg, "critic", inputs=["actor"], pairs=True) as stage:
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
-        rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+        rows = preference_rows(cfg, stage.say)
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plans = [
             epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
@@ -687,6 +690,17 @@ def train_critic(cfg):
         for i, model in enumerate(members):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
             models.save(model, tokenizer, stage.folder / f"member-{i}" if i else stage.folder)
+
+
+def preference_rows(cfg, say):
+    """The pairs to learn from: those of train.json, and `feedback_weight` times each comparison
+    that you made with lab/label.py."""
+    rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+    own = label.pairs_of(cfg.root) if cfg.feedback_weight else []
+    if own:
+        weight = f"count {cfg.feedback_weight} times each, beside {len(rows)} pairs of train.json"
+        say(f"{len(own)} comparisons of {label.FILE} {weight}.")
+    return rows + cfg.feedback_weight * own
 
 
 def critic_from_actor(cfg, member=0):
@@ -759,11 +773,34 @@ def load_reward(cfg):
     stands for the reward model of 2_critic, or for its ensemble."""
 
     def trained():
-        folder = artifact(cfg.root, "critic")
-        members = [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
+        members = load_critics(cfg)
         return Ensemble(members, cfg.ensemble_rule, cfg.ensemble_k) if members[1:] else members[0]
 
     return parse(cfg.reward, trained)
+
+
+def load_critics(cfg):
+    """The reward models of 2_critic: one, or the members of its ensemble."""
+    folder = artifact(cfg.root, "critic")
+    return [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
+
+
+def pairs_to_ask(cfg, count):
+    """Pairs of the actor's answers for a person to compare. Those come first about which the reward
+    model is least certain: there a comparison tells it most."""
+    try:
+        critics = load_critics(cfg)
+    except CourseError as error:
+        critics = []
+        print(f"The pairs come in random order. {error}")
+    tokenizer, actor = load_pair(cfg, "actor")
+    prompts = list(dict.fromkeys(row["prompt"] for row in load_rows(cfg, "prompt")))
+    prompts = [prompt for prompt in prompts[: 4 * count] for _ in range(4)]
+    rng = rng_for(cfg, "pairs to ask")
+    parts = generate_answers(actor, tokenizer, prompts, cfg, rng)
+    answers = [text for part in parts for text in decode(tokenizer, *part[2:])]
+    scores = [critic(prompts, answers) for critic in critics]
+    return label.ordered(prompts, answers, scores, rng)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -963,7 +1000,9 @@ def count_of(mask, unit):
 
 def rlhf_loop(crew, cfg, stage, minibatch_loss):
     """The loop of PPO. GRPO, RLOO and your own loss run in it with other advantages and losses."""
-    prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
+    rows = load_rows(cfg, "prompt")
+    checks.warn_about_texts(stage.say, crew.tokenizer, rows, [], cfg)
+    prompts = [row["prompt"] for row in rows]
     advantages_of = ADVANTAGES.get(cfg.algorithm, centred_advantages)
     optimiser = rlhf_optimiser(crew, cfg, stage.say)
     raised = checks.alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
@@ -1079,11 +1118,8 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     if reward is not None:
         cfg = cfg.changed(reward=name_of(reward, {}))
         code["code of reward"] = code_of(reward)
-    with open_stage(cfg, "rlhf", inputs, code=code) as stage:
+    with open_stage(cfg, "rlhf", inputs, code=code, pairs=loss is None) as stage:
         crew = load_crew(cfg, reward)
-        answers = [] if loss else ["chosen", "rejected"]  # DPO reads pairs
-        rows = load_rows(cfg, "preference" if answers else "prompt", ("prompt", *answers))
-        checks.warn_about_texts(stage.say, crew.tokenizer, rows, answers, cfg)
         yield from stage.past
         steps = rlhf_loop(crew, cfg, stage, loss) if loss else dpo_loop(crew, cfg, stage)
         for metrics in steps:
@@ -1154,7 +1190,8 @@ LOSSES = {"ppo": ppo_minibatch_loss, "grpo": grpo_minibatch_loss, "rloo": grpo_m
 
 def dpo_loop(crew, cfg, stage):
     """DPO learns from the preference pairs directly: no sampling, no reward model, no values."""
-    rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+    rows = preference_rows(cfg, stage.say)
+    checks.warn_about_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
     with crew.as_reference() as model:  # the reference never changes: once is enough
         work = partial(pair_logprobs, model, crew.tokenizer, cfg=cfg)
         parts = [part[:2] for part in in_parts(work, rows, cfg, model, say=stage.say)]

@@ -148,6 +148,11 @@ class Config(Settings):
     ensemble: int = knob(1, "critic", "number of reward models, each with its own order of pairs")
     norm_prompts: int = knob(64, "critic", "prompts that set the scale of the scores")
     norm_answers: int = knob(4, "critic", "answers to each of these prompts")
+    feedback_weight: int = knob(
+        20,
+        "critic rlhf",
+        "how many times each comparison of feedback.jsonl counts as a pair; 0: ignore the file",
+    )
     # 3_rlhf
     algorithm: str = knob(
         "ppo", "rlhf", "ppo, grpo, rloo, dpo, or module.function: a loss of your own"
@@ -236,7 +241,9 @@ class Config(Settings):
     )
 
     presets = PRESETS
-    may_be_zero = frozenset({"seed", "validation_rows", "micro_batch", "lora_rank"})
+    may_be_zero = frozenset(
+        {"seed", "validation_rows", "micro_batch", "lora_rank", "feedback_weight"}
+    )
     one_of = ONE_OF
 
     @staticmethod
