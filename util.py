@@ -37,15 +37,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, splits, world
+from lab import CourseError, checks, decoding, errors, fast_path, label, matmul, models, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
 from lab.optimiser import Optimiser, chunks, text_length
 from lab.passes import in_parts
-from lab.rewards import SHIPPED, Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
+from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
 from lab.runs import Stage, artifact
-from lab.splits import batches, epochs, load_eval_rows, load_rows, prompt_batch, rng_for, stack  # noqa: F401
+from lab.splits import (
+    batches,
+    epochs,
+    load_eval_rows,
+    load_plain_text,
+    load_rows,
+    prompt_batch,
+    rng_for,
+    stack,
+)  # fmt: skip
 from lab.tiny import blocks, tiny_model, train_tokenizer
 from lab.tokens import encoder, stops_of
 from lab.tracking import mean_of, rollout_metrics, timed
@@ -526,13 +535,16 @@ def detached(stats):
 # 7. Pretraining (0_download)
 
 
-def open_stage(cfg, name, inputs=(), data="train.json", code=None):
+def open_stage(cfg, name, inputs=(), data="train.json", code=None, pairs=False):
     """The folder that a training fills. It appears as model/<name> when it is complete.
 
     `code` identifies your own functions, so that a resumed run never continues with other ones.
+    `pairs` says that the stage reads `preference_rows`.
     """
     torch.manual_seed(cfg.seed)  # for models with dropout
     data = [Path(cfg.root) / "dataset" / data]
+    if pairs and cfg.feedback_weight and label.path_of(cfg.root).exists():
+        data.append(label.path_of(cfg.root))
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
     return Stage(cfg.root, name, config, inputs, data, **how)
@@ -655,13 +667,20 @@ def validation_loss(model, tokenizer, rows, cfg):
 # ------------------------------------------------------------------------------------------------
 # 9. Reward model (2_critic)
 
+PAIR = ("prompt", "chosen", "rejected")  # the fields of a comparison
 
-def preference_rows(cfg):
-    """The pairs that 2_critic learns from: those of the data, or pairs of the actor's own answers
-    that `cfg.labeller` compares."""
-    if not cfg.labeller:
-        return load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
-    return own_pairs(cfg, load_rows(cfg, "preference"), cfg.labels, cfg.label_noise, "train")
+
+def preference_rows(cfg, say=print):
+    """The pairs to learn from: those of the data, or the actor's own answers that `cfg.labeller`
+    compares; and `feedback_weight` times each comparison that you made with lab/label.py."""
+    rows = load_rows(cfg, "preference", needs=("prompt",) if cfg.labeller else PAIR)
+    if cfg.labeller:
+        rows = own_pairs(cfg, rows, cfg.labels, cfg.label_noise, "train")
+    own = label.pairs_of(cfg.root) if cfg.feedback_weight else []
+    if own:
+        weight = f"count {cfg.feedback_weight} times each, beside {len(rows)} other pairs"
+        say(f"{len(own)} comparisons of {label.FILE} {weight}.")
+    return rows + cfg.feedback_weight * own
 
 
 def held_out_pairs(cfg):
@@ -675,7 +694,7 @@ def own_pairs(cfg, rows, count, noise, purpose):
 
     A share `noise` of its choices is turned round. A tie gives no pair.
     """
-    labeller = named("labeller", cfg.labeller, SHIPPED)
+    labeller = named("labeller", cfg.labeller, {})
     tokenizer, actor = load_pair(cfg, "actor")
     prompts = [rows[i % len(rows)]["prompt"] for i in range(count) for _ in range(2)]
     rng, answers = rng_for(cfg, "pairs", purpose), []
@@ -697,8 +716,8 @@ def train_critic(cfg, rows=None):
     The members of an ensemble are trained side by side on the same pairs, each in its own order.
     `rows` are the pairs; without them it calls `preference_rows(cfg)`.
     """
-    rows = rows or preference_rows(cfg)
-    with open_stage(cfg, "critic", inputs=["actor"]) as stage:
+    with open_stage(cfg, "critic", inputs=["actor"], pairs=True) as stage:
+        rows = rows or preference_rows(cfg, stage.say)
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
@@ -795,11 +814,34 @@ def load_reward(cfg):
     stands for the reward model of 2_critic, or for its ensemble."""
 
     def trained():
-        folder = artifact(cfg.root, "critic")
-        members = [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
+        members = load_critics(cfg)
         return Ensemble(members, cfg.ensemble_rule, cfg.ensemble_k) if members[1:] else members[0]
 
     return parse(cfg.reward, trained)
+
+
+def load_critics(cfg):
+    """The reward models of 2_critic: one, or the members of its ensemble."""
+    folder = artifact(cfg.root, "critic")
+    return [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
+
+
+def pairs_to_ask(cfg, count):
+    """Pairs of the actor's answers for a person to compare. Those come first about which the reward
+    model is least certain: there a comparison tells it most."""
+    try:
+        critics = load_critics(cfg)
+    except CourseError as error:
+        critics = []
+        print(f"The pairs come in random order. {error}")
+    tokenizer, actor = load_pair(cfg, "actor")
+    prompts = list(dict.fromkeys(row["prompt"] for row in load_rows(cfg, "prompt")))
+    prompts = [prompt for prompt in prompts[: 4 * count] for _ in range(4)]
+    rng = rng_for(cfg, "pairs to ask")
+    parts = generate_answers(actor, tokenizer, prompts, cfg, rng)
+    answers = [text for part in parts for text in decode(tokenizer, *part[2:])]
+    scores = [critic(prompts, answers) for critic in critics]
+    return label.ordered(prompts, answers, scores, rng)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -999,7 +1041,9 @@ def count_of(mask, unit):
 
 def rlhf_loop(crew, cfg, stage, minibatch_loss):
     """The loop of PPO. GRPO, RLOO and your own loss run in it with other advantages and losses."""
-    prompts = [row["prompt"] for row in load_rows(cfg, "prompt")]
+    rows = load_rows(cfg, "prompt")
+    checks.warn_about_texts(stage.say, crew.tokenizer, rows, [], cfg)
+    prompts = [row["prompt"] for row in rows]
     advantages_of = ADVANTAGES.get(cfg.algorithm, centred_advantages)
     optimiser = rlhf_optimiser(crew, cfg, stage.say)
     raised = checks.alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
@@ -1115,11 +1159,8 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     if reward is not None:
         cfg = cfg.changed(reward=name_of(reward, {}))
         code["code of reward"] = code_of(reward)
-    with open_stage(cfg, "rlhf", inputs, code=code) as stage:
+    with open_stage(cfg, "rlhf", inputs, code=code, pairs=loss is None) as stage:
         crew = load_crew(cfg, reward)
-        answers = [] if loss else ["chosen", "rejected"]  # DPO reads pairs
-        rows = load_rows(cfg, "preference" if answers else "prompt", ("prompt", *answers))
-        checks.warn_about_texts(stage.say, crew.tokenizer, rows, answers, cfg)
         yield from stage.past
         steps = rlhf_loop(crew, cfg, stage, loss) if loss else dpo_loop(crew, cfg, stage)
         for metrics in steps:
@@ -1190,7 +1231,8 @@ LOSSES = {"ppo": ppo_minibatch_loss, "grpo": grpo_minibatch_loss, "rloo": grpo_m
 
 def dpo_loop(crew, cfg, stage):
     """DPO learns from the preference pairs directly: no sampling, no reward model, no values."""
-    rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+    rows = preference_rows(cfg, stage.say)
+    checks.warn_about_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
     with crew.as_reference() as model:  # the reference never changes: once is enough
         work = partial(pair_logprobs, model, crew.tokenizer, cfg=cfg)
         parts = [part[:2] for part in in_parts(work, rows, cfg, model, say=stage.say)]
@@ -1299,7 +1341,7 @@ def perplexity(model, tokenizer, cfg):
     The text is cut into blocks of equal length that every model of the course can read. The first
     token of a block counts only if the tokenizer puts a bos before it.
     """
-    known, text = encoder(tokenizer), splits.load_plain_text(cfg)
+    known, text = encoder(tokenizer), load_plain_text(cfg)
     ids = known.ids([known.show(known.hide(text))], special=True)[0]
     bos, ids = ids[: known.front], ids[known.front : len(ids) - known.back]
     if len(ids) < 2:

@@ -1,7 +1,8 @@
 """python -m lab: runs the course without a browser.
 
 Papermill runs the notebook of each stage; `course` runs all five notebooks. `chat` talks to a
-trained model, `world` writes the embedded data, and `address` enters the repository's address.
+trained model, `label` asks you which of two answers is better, `world` writes the embedded data,
+and `address` enters the repository's address.
 """
 
 import argparse
@@ -87,7 +88,25 @@ def parser():
         help="the sampling temperature; 0 always takes the most likely token [1]",
     )
     chat.add_argument("--seed", metavar="N", help="the same as --set seed=N")
-    for name in (*notebooks, "course", "chat"):
+    label = commands.add_parser(
+        "label", help="compare answers of the actor", description=f"{LABEL_NOTE} {TABLE_NOTE}"
+    )
+    label.add_argument(
+        "--count", metavar="N", type=int, default=40, help="how many pairs to compare in all [40]"
+    )
+    label.add_argument(
+        "--person",
+        metavar="NAME",
+        help="a reward or module.function that compares in your place: the higher number wins",
+    )
+    label.add_argument(
+        "--noise",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="the share of that person's choices that are reversed [0]",
+    )
+    for name in (*notebooks, "course", "chat", "label"):
         command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
         command.add_argument(
@@ -123,13 +142,18 @@ CHAT_NOTE = (
     "missing mark at the end, and the model gets the question in its usual spelling. An empty line "
     "or Ctrl-C ends the chat."
 )
+LABEL_NOTE = (
+    "Shows two answers of the actor to the same question and asks which is better. Every choice is "
+    "a line of dataset/feedback.jsonl; you may stop at any time and go on later. 2_critic and DPO "
+    "learn from the file."
+)
 
 
 def read_by(command):
     """The fields of Config that a command reads; `course` reads all of them."""
     from util import Config
 
-    stage = "all" if command == "chat" else STAGES.get(command, ("", None))[1]
+    stage = "all" if command in ("chat", "label") else STAGES.get(command, ("", None))[1]
     return [f for f in fields(Config) if stage is None or {"all", stage} & {*f.metadata["stages"]}]
 
 
@@ -375,6 +399,31 @@ def answer_ids(cfg, tokenizer, model, temperature, row, number):
 
 
 # ------------------------------------------------------------------------------------------------
+# Comparing answers
+
+
+@plain_errors
+def compare(args):
+    """Asks in the terminal which of two answers is better, or lets a function decide."""
+    from transformers.utils import logging as transformers_logging
+
+    import util
+    from lab import label
+
+    if args.count < 1 or not 0 <= args.noise <= 1:
+        raise CourseError("--count must be at least 1, and --noise must lie between 0 and 1.")
+    given, root = parameters(args)
+    cfg = util.Config.of(**given | {"root": str(root)})
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if args.person:
+        done = label.simulate(cfg, util.pairs_to_ask, args.person, args.count, args.noise)
+        print(f"{args.person} has compared {done} pairs: {label.path_of(root)}")
+    else:
+        label.ask_in_terminal(label.Session(cfg, util.pairs_to_ask, args.count))
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def make_world(args):
@@ -396,6 +445,8 @@ def run(args):
         return make_world(args)
     if args.command == "chat":
         return chat(args)
+    if args.command == "label":
+        return compare(args)
     if args.command == "address":
         return enter_address(args)
     given, root = parameters(args)

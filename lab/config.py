@@ -18,8 +18,8 @@ REAL = COLAB | dict(
     base_model="smollm2", labeller="lab.companion.labeller", lora_rank=16, max_prompt=96,
     max_new_tokens=64, sft_share=0.4, preference_share=0.3, prompt_share=0.3, validation_rows=20,
     actor_lr=3e-4, actor_batch=8, actor_epochs=2, critic_lr=2e-4, critic_batch=8, critic_epochs=1,
-    norm_prompts=16, steps=24, rollout=32, minibatch=16, ppo_epochs=2, policy_lr=2e-4, value_lr=2e-4,
-    kl_coef=0.05, lam=0.95, sample_every=8, test_rows=96, best_of_rows=48, dpo_lr=1e-4, dpo_batch=8,
+    norm_prompts=16, steps=24, rollout=32, minibatch=16, ppo_epochs=2, policy_lr=2e-4,
+    value_lr=2e-4,     kl_coef=0.05, lam=0.95, sample_every=8, test_rows=96, best_of_rows=48, dpo_lr=1e-4, dpo_batch=8,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},  # the defaults below
@@ -159,13 +159,20 @@ class Config(Settings):
         "empty: the pairs of the data",
     )
     labels: int = knob(400, "critic rlhf test", "how many pairs of answers the labeller compares")
-    label_noise: float = knob(0.1, "critic", "share of the labeller's choices that are turned round")
+    label_noise: float = knob(
+        0.1, "critic", "share of the labeller's choices that are turned round"
+    )
     score_penalty: float = knob(
         0.001, "critic", "weight of the mean squared score in the loss; keeps scores near zero"
     )
     ensemble: int = knob(1, "critic", "number of reward models, each with its own order of pairs")
     norm_prompts: int = knob(64, "critic", "prompts that set the scale of the scores")
     norm_answers: int = knob(4, "critic", "answers to each of these prompts")
+    feedback_weight: int = knob(
+        20,
+        "critic rlhf",
+        "how many times each comparison of feedback.jsonl counts as a pair; 0: ignore the file",
+    )
     # 3_rlhf
     algorithm: str = knob(
         "ppo", "rlhf", "ppo, grpo, rloo, dpo, or module.function: a loss of your own"
@@ -260,7 +267,9 @@ class Config(Settings):
     )
 
     presets = PRESETS
-    may_be_zero = frozenset({"seed", "validation_rows", "micro_batch", "lora_rank"})
+    may_be_zero = frozenset(
+        {"seed", "validation_rows", "micro_batch", "lora_rank", "feedback_weight"}
+    )
     one_of = ONE_OF
 
     @staticmethod

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -120,6 +121,15 @@ def rows_of(share):
         return util.load_rows(config(place.finished, values), share)
 
     return look
+
+
+def pairs(place, values):
+    """The pairs of a course in which a person has compared two answers."""
+    root = place.folder / "compared"
+    shutil.copytree(place.finished / "dataset", root / "dataset", dirs_exist_ok=True)
+    row = {"prompt": "p", "left": "a", "right": "b", "choice": "left", "by": "person"}
+    (root / "dataset" / "feedback.jsonl").write_text(json.dumps(row))
+    return util.preference_rows(config(root, values), print)
 
 
 def other_root(place, values):
@@ -308,6 +318,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "ensemble": (1, CRITIC, {}),
     "norm_prompts": (3, CRITIC, {}),
     "norm_answers": (3, CRITIC, {}),
+    "feedback_weight": (3, pairs, {}),
     "algorithm": ("rloo", RLHF, {}),
     "reward": ("model - 0.1*length", RLHF, {}),
     "ensemble_rule": ("min", scores, {}),
