@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, world
+from lab import CourseError, checks, decoding, errors, fast_path, matmul, models, splits, world
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
@@ -526,13 +526,13 @@ def detached(stats):
 # 7. Pretraining (0_download)
 
 
-def open_stage(cfg, name, inputs=(), data="train.json", code=None):
+def open_stage(cfg, name, inputs=(), code=None):
     """The folder that a training fills. It appears as model/<name> when it is complete.
 
     `code` identifies your own functions, so that a resumed run never continues with other ones.
     """
     torch.manual_seed(cfg.seed)  # for models with dropout
-    data = [Path(cfg.root) / "dataset" / data]
+    data = splits.data_digests(cfg, name)
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
     return Stage(cfg.root, name, config, inputs, data, **how)
@@ -556,12 +556,14 @@ def train_base(cfg, base=None):
 
 
 def pretrain(cfg, stage):
-    """From random weights, `tiny` learns to predict the next token of the embedded world's text."""
-    texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
+    """From random weights, `tiny` learns to predict the next token of a text: the embedded world's,
+    or that of your own rows."""
+    texts = splits.load_documents(cfg, stage.say)
     sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
     data = blocks(tokenizer, texts, cfg)  # (blocks, pretrain_length)
     checks.check_pretraining(cfg, data)
+    checks.warn_about_length(stage.say, tokenizer, texts[:1_000], cfg)
     model = tiny_model(cfg, tokenizer).to(pick_device(cfg)).train()
     rates, size = [(model, cfg.pretrain_lr)], cfg.pretrain_batch
     optimiser = Optimiser(cfg, rates, cfg.pretrain_steps, batch=size, say=stage.say)
@@ -613,7 +615,7 @@ def train_actor(cfg):
     with open_stage(cfg, "actor", inputs=["base"]) as stage:
         tokenizer, model = load_pair(cfg, "base", **models.in_4_bits(cfg))
         model = models.trainable(model, cfg)
-        rows = load_rows(cfg, "sft", needs=("prompt", "response"))
+        rows = load_rows(cfg, "sft", ("prompt", "response"), stage.say)
         held_out, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
         if not rows:
             raise CourseError(
@@ -664,7 +666,7 @@ def train_critic(cfg):
     with open_stage(cfg, "critic", inputs=["actor"]) as stage:
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
-        rows = load_rows(cfg, "preference", needs=("prompt", "chosen", "rejected"))
+        rows = load_rows(cfg, "preference", ("prompt", "chosen", "rejected"), stage.say)
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plans = [
             epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
@@ -1082,7 +1084,9 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     with open_stage(cfg, "rlhf", inputs, code=code) as stage:
         crew = load_crew(cfg, reward)
         answers = [] if loss else ["chosen", "rejected"]  # DPO reads pairs
-        rows = load_rows(cfg, "preference" if answers else "prompt", ("prompt", *answers))
+        rows = load_rows(
+            cfg, "preference" if answers else "prompt", ("prompt", *answers), stage.say
+        )
         checks.warn_about_texts(stage.say, crew.tokenizer, rows, answers, cfg)
         yield from stage.past
         steps = rlhf_loop(crew, cfg, stage, loss) if loss else dpo_loop(crew, cfg, stage)
