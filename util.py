@@ -37,19 +37,29 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab import CourseError, checks, decoding, errors, fast_path, label, matmul, models, world
+from lab import (
+    CourseError,
+    checks,
+    decoding,
+    errors,
+    fast_path,
+    label,
+    matmul,
+    models,
+    splits,
+    world,
+)
 from lab.config import Config  # noqa: F401
 from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
 from lab.optimiser import Optimiser, chunks, text_length
 from lab.passes import in_parts
 from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
-from lab.runs import Stage, artifact
+from lab.runs import Stage, artifact, digest
 from lab.splits import (
     batches,
     epochs,
     load_eval_rows,
-    load_plain_text,
     load_rows,
     prompt_batch,
     rng_for,
@@ -535,16 +545,16 @@ def detached(stats):
 # 7. Pretraining (0_download)
 
 
-def open_stage(cfg, name, inputs=(), data="train.json", code=None, pairs=False):
+def open_stage(cfg, name, inputs=(), code=None, pairs=False):
     """The folder that a training fills. It appears as model/<name> when it is complete.
 
     `code` identifies your own functions, so that a resumed run never continues with other ones.
     `pairs` says that the stage reads `preference_rows`.
     """
     torch.manual_seed(cfg.seed)  # for models with dropout
-    data = [Path(cfg.root) / "dataset" / data]
+    data = splits.data_digests(cfg, name)
     if pairs and cfg.feedback_weight and label.path_of(cfg.root).exists():
-        data.append(label.path_of(cfg.root))
+        data[label.FILE] = digest(label.path_of(cfg.root))
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
     return Stage(cfg.root, name, config, inputs, data, **how)
@@ -568,12 +578,14 @@ def train_base(cfg, base=None):
 
 
 def pretrain(cfg, stage):
-    """From random weights, `tiny` learns to predict the next token of the embedded world's text."""
-    texts = list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
+    """From random weights, `tiny` learns to predict the next token of a text: the embedded world's,
+    or that of your own rows."""
+    texts = splits.load_documents(cfg, stage.say)
     sample = (world.TEMPLATE.format(question) + " " + answer for question, answer in texts[:8_000])
     tokenizer = train_tokenizer(sample, cfg.vocab_size)
     data = blocks(tokenizer, texts, cfg)  # (blocks, pretrain_length)
     checks.check_pretraining(cfg, data)
+    checks.warn_about_length(stage.say, tokenizer, texts[:1_000], cfg)
     model = tiny_model(cfg, tokenizer).to(pick_device(cfg)).train()
     rates, size = [(model, cfg.pretrain_lr)], cfg.pretrain_batch
     optimiser = Optimiser(cfg, rates, cfg.pretrain_steps, batch=size, say=stage.say)
@@ -625,7 +637,7 @@ def train_actor(cfg):
     with open_stage(cfg, "actor", inputs=["base"]) as stage:
         tokenizer, model = load_pair(cfg, "base", **models.in_4_bits(cfg))
         model = models.trainable(model, cfg)
-        rows = load_rows(cfg, "sft", needs=("prompt", "response"))
+        rows = load_rows(cfg, "sft", ("prompt", "response"), stage.say)
         held_out, rows = rows[: cfg.validation_rows], rows[cfg.validation_rows :]
         if not rows:
             raise CourseError(
@@ -673,7 +685,7 @@ PAIR = ("prompt", "chosen", "rejected")  # the fields of a comparison
 def preference_rows(cfg, say=print):
     """The pairs to learn from: those of the data, or the actor's own answers that `cfg.labeller`
     compares; and `feedback_weight` times each comparison that you made with lab/label.py."""
-    rows = load_rows(cfg, "preference", needs=("prompt",) if cfg.labeller else PAIR)
+    rows = load_rows(cfg, "preference", ("prompt",) if cfg.labeller else PAIR, say)
     if cfg.labeller:
         rows = own_pairs(cfg, rows, cfg.labels, cfg.label_noise, "train")
     own = label.pairs_of(cfg.root) if cfg.feedback_weight else []
@@ -1041,7 +1053,7 @@ def count_of(mask, unit):
 
 def rlhf_loop(crew, cfg, stage, minibatch_loss):
     """The loop of PPO. GRPO, RLOO and your own loss run in it with other advantages and losses."""
-    rows = load_rows(cfg, "prompt")
+    rows = load_rows(cfg, "prompt", say=stage.say)
     checks.warn_about_texts(stage.say, crew.tokenizer, rows, [], cfg)
     prompts = [row["prompt"] for row in rows]
     advantages_of = ADVANTAGES.get(cfg.algorithm, centred_advantages)
@@ -1341,7 +1353,7 @@ def perplexity(model, tokenizer, cfg):
     The text is cut into blocks of equal length that every model of the course can read. The first
     token of a block counts only if the tokenizer puts a bos before it.
     """
-    known, text = encoder(tokenizer), load_plain_text(cfg)
+    known, text = encoder(tokenizer), splits.load_plain_text(cfg)
     ids = known.ids([known.show(known.hide(text))], special=True)[0]
     bos, ids = ids[: known.front], ids[known.front : len(ids) - known.back]
     if len(ids) < 2:

@@ -1,8 +1,8 @@
 """python -m lab: runs the course without a browser.
 
 Papermill runs the notebook of each stage; `course` runs all five notebooks. `chat` talks to a
-trained model, `label` asks you which of two answers is better, `world` writes the embedded data,
-and `address` enters the repository's address.
+trained model, `label` asks you which of two answers is better, `data` shows how data of yours are
+read, `world` writes the embedded data, and `address` enters the repository's address.
 """
 
 import argparse
@@ -106,7 +106,19 @@ def parser():
         default=0.0,
         help="the share of that person's choices that are reversed [0]",
     )
-    for name in (*notebooks, "course", "chat", "label"):
+    shown = commands.add_parser(
+        "data",
+        help="show how data of yours are read",
+        description="Shows which rows a source gives, how long they are, and what is left out. It "
+        f"writes nothing unless you give --out. {TABLE_NOTE}",
+    )
+    shown.add_argument(
+        "source", nargs="?", help="a file, a folder or a name on the hub [the parameters below]"
+    )
+    shown.add_argument(
+        "--out", metavar="DIR", help="write train.json and eval.json of the course into this folder"
+    )
+    for name in (*notebooks, "course", "chat", "label", "data"):
         command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
         command.add_argument(
@@ -153,7 +165,7 @@ def read_by(command):
     """The fields of Config that a command reads; `course` reads all of them."""
     from util import Config
 
-    stage = "all" if command in ("chat", "label") else STAGES.get(command, ("", None))[1]
+    stage = "all" if command in ("chat", "label", "data") else STAGES.get(command, ("", None))[1]
     return [f for f in fields(Config) if stage is None or {"all", stage} & {*f.metadata["stages"]}]
 
 
@@ -433,6 +445,33 @@ def make_world(args):
         print(path)
 
 
+@plain_errors
+def show_data(args):
+    """Prints what a source holds and its first rows; writes them to --out if it is given."""
+    import util
+    from lab.data import write_rows
+
+    given, root = parameters(args)
+    cfg = util.Config.of(**given | {"root": str(root)})
+    if args.source:
+        cfg = cfg.changed(data=args.source, sft_data="", preference_data="", prompt_data="")
+    folder = next((f for f in (root / "tokenizer", root / "model" / "base") if f.is_dir()), None)
+    tokenizer = util.load_tokenizer(folder, cfg) if folder else None
+    for facts in util.splits.overview(cfg, tokenizer):
+        print_facts(facts)
+    for row in util.splits.as_read(cfg, tokenizer):
+        print_facts(row)
+    if args.out:
+        train, evals = util.splits.load_data(cfg)
+        print("\n".join(str(path) for path in write_rows(args.out, train=train, eval=evals)))
+
+
+def print_facts(facts):
+    width = max(map(len, facts))
+    lines = [f"{what:{width}}  {value}" for what, value in facts.items()]
+    print("\n".join(lines), end="\n\n")
+
+
 def enter_address(args):
     from lab.address import write_address
 
@@ -447,6 +486,8 @@ def run(args):
         return chat(args)
     if args.command == "label":
         return compare(args)
+    if args.command == "data":
+        return show_data(args)
     if args.command == "address":
         return enter_address(args)
     given, root = parameters(args)

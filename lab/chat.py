@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from lab import decoding, models, world
-from lab.data import framed
+from lab.formats import framed
 from lab.tokens import encoder
 
 # --------------------------------------------------------------------------------------------------

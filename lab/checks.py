@@ -4,6 +4,7 @@ import math
 
 from lab import CourseError
 from lab.data import repeated
+from lab.formats import framed
 from lab.tokens import encoder
 
 
@@ -34,6 +35,21 @@ def warn_about_texts(say, tokenizer, rows, answers, cfg):
             say(f"{what} ({limit} tokens): they lose their {end}.")
     if copies := repeated(rows):
         say(f"{copies} of {len(rows)} rows are copies of other rows: each copy counts.")
+
+
+def warn_about_length(say, tokenizer, documents, cfg):
+    """Reports how many of some (question, answer) pairs are too long for the later stages."""
+    encode, (questions, answers) = encoder(tokenizer), zip(*documents)
+    prompts = encode.prompts([framed(question) for question in questions], math.inf)
+    long = sum(len(ids) > cfg.max_prompt for ids in prompts)
+    wide = sum(len(ids) > cfg.max_new_tokens for ids in encode.answers(answers, math.inf))
+    if long or wide:
+        say(
+            f"of {len(documents)} documents, {long} questions are longer than max_prompt = "
+            f"{cfg.max_prompt} tokens and {wide} answers are longer than max_new_tokens = "
+            f"{cfg.max_new_tokens}: the next notebooks cut them. Raise these two, and "
+            f"pretrain_length (now {cfg.pretrain_length}) to at least their sum."
+        )
 
 
 # Before the first update the ratio of every token should be 1. Rounding alone moves the average

@@ -15,11 +15,14 @@ COLAB = dict(
     dpo_beta=0.1, dpo_lr=5e-6, dpo_batch=8, precision="auto",
 )  # fmt: skip
 REAL = COLAB | dict(
-    base_model="smollm2", labeller="lab.companion.labeller", lora_rank=16, max_prompt=96,
-    max_new_tokens=64, sft_share=0.4, preference_share=0.3, prompt_share=0.3, validation_rows=20,
-    actor_lr=3e-4, actor_batch=8, actor_epochs=2, critic_lr=2e-4, critic_batch=8, critic_epochs=1,
-    norm_prompts=16, steps=24, rollout=32, minibatch=16, ppo_epochs=2, policy_lr=2e-4,
-    value_lr=2e-4,     kl_coef=0.05, lam=0.95, sample_every=8, test_rows=96, best_of_rows=48, dpo_lr=1e-4, dpo_batch=8,
+    base_model="smollm2", data="companion", labeller="lab.companion.parts", labels=500,
+    metric="lab.companion.parts, lab.companion.whole, lab.companion.supportive",
+    plain_text="dataset/companion/plain.txt", lora_rank=16, temperature=0.7, max_prompt=96,
+    max_new_tokens=64, sft_share=0.45, preference_share=0.25, prompt_share=0.3,
+    validation_rows=20, actor_lr=2e-3, actor_batch=8, actor_epochs=1, critic_lr=1e-3,
+    norm_prompts=16, steps=20, rollout=32, minibatch=16, ppo_epochs=2, policy_lr=5e-4,
+    value_lr=1e-3, kl_coef=0.05, sample_every=10, test_rows=96, best_of_rows=48,
+    dpo_lr=1e-4,
 )  # fmt: skip
 PRESETS = {
     "tiny": {},  # the defaults below
@@ -48,6 +51,7 @@ ONE_OF = {
     "value_init": ("critic", "actor"),
     "ensemble_rule": ("mean", "min", "cautious"),
     "dpo_loss": ("sigmoid", "hinge", "ipo"),
+    "negatives": ("", "other", "cut"),
 }
 
 
@@ -69,9 +73,25 @@ class Config(Settings):
         80, "all", "maximum tokens of a prompt; longer ones lose their beginning"
     )
     max_new_tokens: int = knob(40, "all", "maximum tokens of an answer, including its eos")
-    sft_share: float = knob(0.4, "all", "share of train.json for the SFT of 1_actor")
-    preference_share: float = knob(0.5, "all", "share of train.json for the pairs of 2_critic")
-    prompt_share: float = knob(0.1, "all", "share of train.json for the prompts of 3_rlhf")
+    data: str = knob(
+        "", "all", "file, folder or hub name; empty: train.json and eval.json in dataset/"
+    )
+    sft_data: str = knob("", "all", "rows of 1_actor, all of them; empty: a share of data")
+    preference_data: str = knob("", "all", "pairs of 2_critic, all of them; empty: a share of data")
+    prompt_data: str = knob("", "all", "prompts of 3_rlhf, all of them; empty: a share of data")
+    eval_data: str = knob("", "all", "rows of 4_test; empty: those that belong to data")
+    max_rows: int = knob(0, "all", "rows to take from each source, a random sample; 0: all")
+    sft_share: float = knob(0.4, "all", "share of data for the SFT of 1_actor")
+    preference_share: float = knob(0.5, "all", "share of data for the pairs of 2_critic")
+    prompt_share: float = knob(0.1, "all", "share of data for the prompts of 3_rlhf")
+    eval_share: float = knob(
+        0.1, "all", "share of the prompts kept back for evaluation if data has no rows for it"
+    )
+    negatives: str = knob(
+        "",
+        "all",
+        "rejected answers for rows without a pair: other (another row's), cut (a spoilt one)",
+    )
     eval_batch: int = knob(250, "all", "batch size where no gradients are needed")
     memory: float = knob(
         0.0, "all", "memory limit of a stage in GB, weights included; 0: 60 % of the free memory"
@@ -103,7 +123,7 @@ class Config(Settings):
         False, "base actor critic rlhf", "continue on the CPU if the GPU cannot hold even one row"
     )
     reader: str = knob(
-        "", "all", "module.function(path) -> rows: your own file reader; empty: JSON"
+        "", "all", "module.function(path) -> rows: your own file reader; empty: by the file's name"
     )
     trust_remote_code: bool = knob(
         False, "all", "run Python code that comes with a model; read that code first"
@@ -138,6 +158,9 @@ class Config(Settings):
         0.06,
         "base",
         "tiny: standard deviation of the random weights; see 0_download for its effect",
+    )
+    pretrain_data: str = knob(
+        "", "base", "tiny: source of the pretraining text, also plain text; empty: training rows"
     )
     pretrain_documents: int = knob(50_000, "base", "tiny: documents of the pretraining text")
     pretrain_steps: int = knob(1_000, "base", "tiny: pretraining steps")
@@ -253,7 +276,7 @@ class Config(Settings):
     dpo_smoothing: float = knob(0.0, "rlhf", "DPO: assumed share of pairs with the wrong label")
     dpo_nll: float = knob(0.0, "rlhf", "DPO: weight of the SFT loss on the chosen answers")
     # 4_test
-    test_rows: int = knob(1_000, "test", "maximum number of rows of eval.json to answer")
+    test_rows: int = knob(1_000, "test", "maximum number of evaluation rows to answer")
     best_of: int = knob(4, "test", "best-of-n: answers of the actor per question; 1: skip it")
     best_of_rows: int = knob(250, "test", "best-of-n: maximum number of rows to answer")
     metric: str = knob(
@@ -268,7 +291,7 @@ class Config(Settings):
 
     presets = PRESETS
     may_be_zero = frozenset(
-        {"seed", "validation_rows", "micro_batch", "lora_rank", "feedback_weight"}
+        "seed validation_rows micro_batch lora_rank max_rows feedback_weight".split()
     )
     one_of = ONE_OF
 
@@ -300,6 +323,7 @@ class Config(Settings):
                 f"sft_share, preference_share and prompt_share add up to {sum(shares):.4g}; they "
                 "must add up to at most 1",
             ),
+            ("eval_share", self.eval_share < 1, "it must be at least 0 and below 1"),
             ("minibatch", 1 <= self.minibatch <= self.rollout, "it must lie between 1 and rollout"),
             ("hidden_size", self.hidden_size % self.heads == 0, "it must be a multiple of heads"),
             ("seed", self.seed < 2**63, "it must be below 2 to the power of 63"),

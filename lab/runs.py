@@ -16,7 +16,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lab import CourseError, memory
-from lab.data import reading
 from lab.errors import NOTEBOOKS, explained
 from lab.hub import reason_of
 
@@ -201,10 +200,7 @@ class Stage:
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
         for source in inputs:
             artifact(root, source)
-        self.data = {}
-        for path in data:
-            with reading(path):
-                self.data[Path(path).name] = digest(path)
+        self.data = dict(data)  # {name: digest}
         self.target, self.old, lock = places(root, name)
         self.folder = self.target.with_name(f".{name}.partial")
         self.checkpoints = self.target.with_name(f".{name}.checkpoints")

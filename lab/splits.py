@@ -1,14 +1,22 @@
 """Splits the rows between the stages and orders them; the same seed gives the same result."""
 
 import hashlib
+import json
+import math
+import random
+import re
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from lab import CourseError
-from lab.data import check_no_overlap, read_rows, reading
+from lab import CourseError, world
+from lab.data import Source, check_no_overlap, find_source, read_table, reading, repeated, sort_out
 from lab.rewards import named
+from lab.runs import digest, stamp
+from lab.tokens import encoder
 
 
 def rng_for(cfg, *purpose):
@@ -20,27 +28,383 @@ def rng_for(cfg, *purpose):
     return torch.Generator().manual_seed(int(name[:15], 16))
 
 
-def load_rows(cfg, share, needs=("prompt",)):
-    """Returns the rows of one split of train.json: "sft", "preference" or "prompt"."""
-    rows = read_dataset(cfg, "train.json", needs)
-    order = torch.randperm(len(rows), generator=rng_for(cfg, "shares")).tolist()
-    first = {"sft": 0, "preference": cfg.sft_share}
-    start = first.get(share, cfg.sft_share + cfg.preference_share)
-    stop = start + getattr(cfg, f"{share}_share")
-    chosen = order[round(start * len(rows)) : round(stop * len(rows))]
-    if not chosen:
+# ------------------------------------------------------------------------------------------------
+# Rows of the stages
+
+
+def load_rows(cfg, share, needs=("prompt",), say=None):
+    """Returns the rows of one stage: "sft", "preference" or "prompt".
+
+    They are its share of cfg.data, or all rows of the source that cfg names for this stage. `say`
+    is told which rows are left out and which answers are made.
+    """
+    table = training_table(cfg, source_of(cfg, share))
+    sort_out(table.name, len(table.rows) + len(table.dropped), table.dropped, say)
+    order = torch.randperm(len(table.rows), generator=rng_for(cfg, "shares")).tolist()
+    if not getattr(cfg, f"{share}_data"):
+        first = {"sft": 0, "preference": cfg.sft_share}
+        start = first.get(share, cfg.sft_share + cfg.preference_share)
+        stop = start + getattr(cfg, f"{share}_share")
+        order = order[round(start * len(order)) : round(stop * len(order))]
+        if not order:
+            raise CourseError(
+                f"{share}_share = {stop - start:g} of {len(table.rows)} rows gives no row: raise "
+                "it."
+            )
+    rows = table.rows
+    if "response" in needs:
+        rows = with_responses(rows, say)
+    if share == "preference":
+        rows = with_negatives(cfg, rows, say)
+    try:
+        fits = table.fitting(rows, dict.fromkeys(("prompt", *needs)), say)
+    except CourseError as error:
+        good = not cfg.negatives and any(row.get("response") for row in rows)
+        if "rejected" not in needs or not good:
+            raise
         raise CourseError(
-            f"{share}_share = {stop - start:g} of {len(rows)} rows gives no row: raise it."
-        )
-    return [rows[i] for i in chosen]
+            f"{error} The rows have good answers: negatives = 'other' or 'cut' makes bad ones."
+        ) from None
+    chosen = [rows[i] for i in order if fits[i]]
+    if not chosen:
+        raise CourseError(f"No row in the {share} share of {table.name} has {' and '.join(needs)}.")
+    return chosen
 
 
-def load_eval_rows(cfg):
-    """Returns the first rows of eval.json; raises if one of them is also in train.json."""
-    rows = read_dataset(cfg, "eval.json")
-    if (Path(cfg.root) / "dataset" / "train.json").exists():
-        check_no_overlap(read_dataset(cfg, "train.json"), rows, "eval.json")
-    return rows[: cfg.test_rows]
+def source_of(cfg, share):
+    return getattr(cfg, f"{share}_data") or cfg.data
+
+
+def training_sources(cfg):
+    """Returns the different sources of the three stages that train on rows."""
+    return list(dict.fromkeys(source_of(cfg, share) for share in ("sft", "preference", "prompt")))
+
+
+def load_eval_rows(cfg, say=None):
+    """Returns the rows of 4_test, at most cfg.test_rows. No prompt of theirs is in the training."""
+    return all_eval_rows(cfg, say)[: cfg.test_rows]
+
+
+def all_eval_rows(cfg, say=None):
+    """Returns all rows for evaluation.
+
+    They come from cfg.eval_data, or from each training source: its own rows for evaluation, or
+    else those that are kept back from training.
+    """
+    texts = [cfg.eval_data] if cfg.eval_data else training_sources(cfg)
+    tables = [eval_table(cfg, text) for text in texts]
+    rows = [row for table in tables if table for row in table.rows]
+    trained = [training_table(cfg, text) for text in training_sources(cfg) if readable(cfg, text)]
+    if texts == [""] and "eval" in open_source(cfg, "").parts:
+        for table in trained:
+            check_no_overlap(table.rows, rows, "eval.json")
+    else:
+        known = {row["prompt"] for table in trained for row in table.rows}
+        fresh = [row for row in rows if row["prompt"] not in known]
+        if not fresh:
+            raise CourseError(
+                "There are no rows for evaluation whose prompts are not in the training rows: "
+                "raise eval_share, or name other rows with eval_data."
+            )
+        if say and len(fresh) < len(rows):
+            say(f"{len(rows) - len(fresh)} evaluation rows have prompts of the training: left out.")
+        order = torch.randperm(len(fresh), generator=rng_for(cfg, "eval")).tolist()
+        rows = [fresh[i] for i in order]
+    return with_negatives(cfg, rows, say)
+
+
+def load_data(cfg):
+    """Returns all rows for training and all rows for evaluation."""
+    train = [row for text in training_sources(cfg) for row in training_table(cfg, text).rows]
+    return train, all_eval_rows(cfg)
+
+
+def load_documents(cfg, say=None):
+    """Returns (question, answer) pairs for pretraining, at most cfg.pretrain_documents.
+
+    They come from cfg.pretrain_data; else from the embedded world if the training rows do, so that
+    pretraining reads more than they hold; else they are the training rows. Few rows are repeated,
+    each time in a new order.
+    """
+    texts = [cfg.pretrain_data] if cfg.pretrain_data else training_sources(cfg)
+    if texts == [""] and embedded(cfg, ""):
+        return list(world.documents(world.World(seed=cfg.seed), cfg.pretrain_documents))
+    tables = [training_table(cfg, text) for text in texts]
+    known = dict.fromkeys(document(row) for table in tables for row in table.rows)
+    known, documents, letters = list(known), [], 0
+    enough = 8 * cfg.pretrain_steps * cfg.pretrain_batch * cfg.pretrain_length  # letters
+    while len(documents) < cfg.pretrain_documents and letters < enough:
+        order = torch.randperm(len(known), generator=rng_for(cfg, "documents", len(documents)))
+        documents += [known[i] for i in order]
+        letters += sum(map(len, (text for pair in known for text in pair)))
+    documents = documents[: cfg.pretrain_documents]
+    if say:
+        names = ", ".join(table.name for table in tables)
+        laps = len(documents) / len(known)
+        say(f"the pretraining text is {names}: {len(known)} documents, {laps:.3g} times each.")
+    return documents
+
+
+def document(row):
+    """Returns a row as (question, answer) without the dialogue frame. Plain text has no answer:
+    its second half takes the place of one."""
+    question, answer = row["prompt"], row.get("response") or row.get("chosen") or ""
+    if question.count("Human:") == 1:
+        question = question.removeprefix("Human: ").removesuffix(" Assistant:")
+    if answer:
+        return question, answer
+    middle = question.find(" ", len(question) // 2) + 1 or len(question) // 2
+    return question[:middle].rstrip(), question[middle:]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources
+
+
+def open_source(cfg, text):
+    """Returns the Source that a parameter names; "" is train.json and eval.json in dataset/."""
+    if text:
+        return find_source(text, cfg.root, cfg.seed)
+    folder = Path(cfg.root) / "dataset"
+    parts = {"train": [folder / "train.json"], "eval": [folder / "eval.json"]}
+    if not parts["eval"][0].exists() and readable(cfg, "") and not embedded(cfg, ""):
+        parts.pop("eval")  # rows of your own: some of them are kept back
+    return Source("", parts)
+
+
+def readable(cfg, text):
+    return bool(text) or (Path(cfg.root) / "dataset" / "train.json").exists()
+
+
+def embedded(cfg, text):
+    """Returns whether the training rows of a source are those of the embedded world."""
+    if text:
+        return False
+    files = [Path(cfg.root) / "dataset" / "train.json"]
+    return world.knows(table_of(cfg, "", files).rows[0])
+
+
+def table_of(cfg, text, part):
+    """Returns the Table of a part of a source."""
+    most, seed = cfg.max_rows, cfg.seed
+    if cfg.reader and not callable(part):
+        return read_table(part, text, named("reader", cfg.reader, {}), most, seed)
+    part = part if callable(part) else tuple(part)
+    stamps = () if callable(part) else tuple(map(stamp, part))
+    return known_table(part, stamps, text, most, seed)
+
+
+@lru_cache(maxsize=6)
+def known_table(part, stamps, text, most, seed):
+    """Returns the Table of a part; cached while the stamps of its files are equal."""
+    return read_table(part, text, None, most, seed)
+
+
+def training_table(cfg, text):
+    """Returns the Table of a source's rows for training, without those kept back."""
+    source = open_source(cfg, text)
+    table = table_of(cfg, text, source.parts["train"])
+    if cfg.eval_data or "eval" in source.parts:
+        return table
+    table = table.without(kept_back(cfg, table))
+    if not table.rows:
+        raise CourseError(f"eval_share = {cfg.eval_share:g} leaves no row to train on: lower it.")
+    return table
+
+
+def eval_table(cfg, text):
+    """Returns the Table of a source's rows for evaluation; None if it has none."""
+    source = open_source(cfg, text)
+    if "eval" in source.parts or cfg.eval_data:
+        return table_of(cfg, text, source.parts.get("eval", source.parts["train"]))
+    table = table_of(cfg, text, source.parts["train"])
+    back = kept_back(cfg, table)
+    return table.without({row["prompt"] for row in table.rows} - back) if back else None
+
+
+def kept_back(cfg, table):
+    """Returns the prompts that are kept back for evaluation: a share of all prompts.
+
+    The choice depends on the seed and the prompt, so a prompt in two sources falls on one side.
+    """
+    prompts = {row["prompt"] for row in table.rows}
+    if not cfg.eval_share or len(prompts) < 2:
+        return set()
+    places = {prompt: place(f"{cfg.seed} {prompt}") for prompt in prompts}
+    back = {prompt for prompt in prompts if places[prompt] < cfg.eval_share}
+    return back or {min(prompts, key=places.get)}
+
+
+def place(text):
+    """Returns a number in [0, 1) that depends on the text only."""
+    return int(hashlib.md5(text.encode()).hexdigest()[:12], 16) / 16**12
+
+
+def data_digests(cfg, stage):
+    """Returns {name: hash} of the data that a stage reads, so that a changed file is noticed."""
+    texts = {
+        "base": [cfg.pretrain_data] if cfg.pretrain_data else training_sources(cfg),
+        "actor": [source_of(cfg, "sft")],
+        "report": [cfg.eval_data] if cfg.eval_data else training_sources(cfg),
+    }
+    both = [source_of(cfg, share) for share in ("preference", "prompt")]
+    wanted, found = "eval" if stage == "report" else "train", {}
+    for text in dict.fromkeys(texts.get(stage, both)):
+        parts = open_source(cfg, text).parts
+        part = parts.get(wanted, parts["train"])
+        if callable(part):
+            rows = json.dumps(table_of(cfg, text, part).rows, sort_keys=True)
+            found[text] = hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
+        else:
+            with reading(part[0]):
+                found[text or part[0].name] = digest(*part)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# What a source holds
+
+
+def overview(cfg, tokenizer=None):
+    """Returns a table of the training sources: a dict for each, {what: value}.
+
+    Lengths are in tokens if there is a tokenizer, else in characters.
+    """
+    return [facts(cfg, text, tokenizer) for text in training_sources(cfg)]
+
+
+def facts(cfg, text, tokenizer):
+    table, evals = training_table(cfg, text), eval_table(cfg, text)
+    back = 0 if evals is None else len(evals.rows)
+    counts = Counter(problem.what for _, problem in table.dropped)
+    shapes = [f"{shape}: {count}" for shape, count in table.shapes.items()]
+    found = {
+        "source": text or "dataset/",
+        "recognised as": ", ".join(shapes),
+        "rows for training": len(table.rows),
+        "rows for evaluation": back,
+        "dropped": sum(counts.values()),
+        "why": "; ".join(f"{what}: {count}" for what, count in counts.items()) or "-",
+        "copies": repeated(table.rows),
+    }
+    for name in ("response", "chosen", "rejected"):
+        found[f"rows with {name}"] = sum(bool(row.get(name)) for row in table.rows)
+    unit = "tokens" if tokenizer else "characters"
+    for name, limit in (("prompt", cfg.max_prompt), ("answer", cfg.max_new_tokens)):
+        lengths = sorted(lengths_of(table.rows, name, tokenizer))
+        if not lengths:
+            continue
+        middle, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.95))
+        key = f"{unit} of {'a prompt' if name == 'prompt' else 'an answer'}"
+        found[f"{key}: median, 95 %, max"] = f"{middle}, {high}, {lengths[-1]}"
+        if tokenizer:
+            over = sum(length > limit for length in lengths)
+            found[f"{name}s over {limit} tokens, which are cut"] = over
+    return found
+
+
+def lengths_of(rows, name, tokenizer, most=5_000):
+    """Returns the lengths of the prompts, or of all answers, of the first `most` rows."""
+    fields = ("prompt",) if name == "prompt" else ("response", "chosen", "rejected")
+    texts = [row[field] for row in rows[:most] for field in fields if row.get(field)]
+    if tokenizer is None:
+        return map(len, texts)
+    encode = encoder(tokenizer)
+    ids = encode.prompts if name == "prompt" else encode.answers
+    return map(len, ids(texts, math.inf))
+
+
+def as_read(cfg, tokenizer=None, count=5):
+    """Returns the first training rows as a model reads them: what is cut stands in brackets."""
+    shown = []
+    for row in training_table(cfg, training_sources(cfg)[0]).rows[:count]:
+        line = {}
+        for name in ("prompt", "response", "chosen", "rejected"):
+            if row.get(name):
+                line[name] = with_cut(cfg, row[name], name, tokenizer)
+        shown.append(line)
+    return shown
+
+
+def with_cut(cfg, text, name, tokenizer):
+    """Returns a text and its number of tokens, with the part in brackets that a model loses."""
+    if tokenizer is None:
+        return f"{text} ({len(text)} characters)"
+    encode, limit = encoder(tokenizer), cfg.max_prompt if name == "prompt" else cfg.max_new_tokens
+    ids = (encode.prompts if name == "prompt" else encode.answers)([text], math.inf)[0]
+    if len(ids) > limit and name == "prompt":
+        cut = len(ids) - limit
+        text = f"[{tokenizer.decode(ids[:cut])}]{tokenizer.decode(ids[cut:])}"
+    elif len(ids) > limit:
+        text = f"{tokenizer.decode(ids[: limit - 1])}[{tokenizer.decode(ids[limit - 1 : -1])}]"
+    return f"{text} ({len(ids)} tokens)"
+
+
+# ------------------------------------------------------------------------------------------------
+# Answers that are made
+
+
+def with_responses(rows, say=None):
+    """Returns the rows; where a response is not there, the chosen answer takes its place."""
+    lack = [row.get("response") is None and isinstance(row.get("chosen"), str) for row in rows]
+    if say and any(lack):
+        say(f"{sum(lack)} of {len(rows)} rows have no response: 1_actor learns the chosen answer.")
+    return [row | {"response": row["chosen"]} if bare else row for row, bare in zip(rows, lack)]
+
+
+def with_negatives(cfg, rows, say=None):
+    """Returns the rows; those that have a good answer but no pair get one as cfg.negatives says."""
+    if not cfg.negatives:
+        return rows
+    good = {i: good_answer(row) for i, row in enumerate(rows) if not row.get("rejected")}
+    good = {i: text for i, text in good.items() if text}
+    rng = random.Random(f"{cfg.seed} negatives")
+    bad = NEGATIVES[cfg.negatives](good, rows, rng)
+    if say and bad:
+        say(f"{len(bad)} of {len(rows)} rows have no pair: {SPOILT[cfg.negatives]} is rejected.")
+    pairs = {i: {"chosen": good[i], "rejected": text} for i, text in bad.items()}
+    return [row | pairs.get(i, {}) for i, row in enumerate(rows)]
+
+
+def good_answer(row):
+    """Returns the answer of a row without a pair, or None."""
+    answers = [row.get(name) for name in ("chosen", "response")]
+    return next((text for text in answers if isinstance(text, str) and text.strip()), None)
+
+
+def other_answers(good, rows, rng):
+    """Returns {i: the answer to another prompt}."""
+    order, bad = list(good), {}
+    rng.shuffle(order)
+    for place, i in enumerate(order):
+        for step in range(1, min(len(order), 20)):  # 20 equal answers in a row: there is no other
+            other = order[(place + step) % len(order)]
+            if good[other] != good[i] and rows[other]["prompt"] != rows[i]["prompt"]:
+                bad[i] = good[other]
+                break
+    return bad
+
+
+def spoilt_answers(good, rows, rng):
+    """Returns {i: the answer cut off in the middle, or with a piece said twice}."""
+    bad = {}
+    for i, text in good.items():
+        words = re.findall(r"\s*\S+", text)
+        words = words if len(words) > 3 else list(text)  # some scripts do not separate words
+        start = rng.randrange(len(words))
+        piece = words[start : start + max(1, len(words) // 2)]
+        half = words[: len(words) // 2]
+        twice = [*words[: start + len(piece)], *piece, *words[start + len(piece) :]]
+        bad[i] = "".join(half if half and rng.random() < 0.5 else twice).strip()
+    return bad
+
+
+NEGATIVES = {"other": other_answers, "cut": spoilt_answers}
+SPOILT = {"other": "the answer to another prompt", "cut": "the answer cut off or said twice"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
 
 
 def load_plain_text(cfg):
@@ -67,12 +431,6 @@ def epochs(cfg, purpose, count, size, laps):
     return [
         index for lap in range(laps) for index in batches(count, size, rng_for(cfg, purpose, lap))
     ]
-
-
-def read_dataset(cfg, name, needs=("prompt",)):
-    """Returns the rows of a file in dataset/, read by cfg.reader if you have set one."""
-    reader = named("reader", cfg.reader, {}) if cfg.reader else None
-    return read_rows(Path(cfg.root) / "dataset" / name, needs, reader)
 
 
 def prompt_batch(cfg, prompts, step):

@@ -224,7 +224,7 @@ def report(course):
     reward = util.RewardModel(util.artifact(cfg.root, "critic"), cfg)
     crew = util.Crew(tokenizer, model, util.load_pair(cfg, "actor")[1], reward)
     util.evaluate(crew, rows, cfg, util.rng_for(cfg, "test"))
-    with util.open_stage(cfg, "report", STAGES, "eval.json") as stage:
+    with util.open_stage(cfg, "report", STAGES) as stage:
         (stage.folder / "report.json").write_text("{}")
 
 

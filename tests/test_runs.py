@@ -53,7 +53,7 @@ def everything(root):
 
 def test_a_stage_is_published_with_all_that_the_design_promises(tmp_path):
     (tmp_path / "train.json").write_text("rows")
-    folder = make(tmp_path, "base", data=[tmp_path / "train.json"])
+    folder = make(tmp_path, "base", data={"train.json": runs.digest(tmp_path / "train.json")})
     assert folder == tmp_path / "model" / "base"
     record = read_record(tmp_path, "base")
     assert {"config", "seconds", "peak_memory_mb", "versions", "metrics", "data", "inputs"} <= set(
