@@ -535,7 +535,7 @@ def open_stage(cfg, name, inputs=(), data="train.json", code=None):
     data = [Path(cfg.root) / "dataset" / data]
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
-    return Stage(cfg.root, name, config, inputs, data, **how)
+    return Stage(cfg.root, name, config, inputs, data, tracker=cfg.tracker, **how)
 
 
 def train_base(cfg, base=None):
