@@ -416,7 +416,7 @@ class Stage:
         rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
         self.append("samples.jsonl", rows)
         if rows:
-            self.trackers.text("samples", tracking.as_text(rows), rows[0]["step"])
+            self.trackers.text("samples", tracking.as_text(rows), rows[0].get("step", self.step))
 
     def append(self, name, rows):
         with open(self.folder / name, "a", encoding="utf-8") as file:

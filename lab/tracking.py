@@ -166,14 +166,12 @@ def as_medium(name, text):
 
 
 def as_text(rows):
-    """Returns sample answers as a text: what is known about each, its prompt, the answer."""
+    """Returns sample answers as a text: the numbers of each, then its prompt and its answer."""
     parts = []
     for row in rows:
-        texts = row["prompt"], row["response"]
-        about = [
-            f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, int | float)
-        ]
-        parts.append("\n".join([", ".join(about), *texts]))
+        numbers = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float)]
+        texts = [value for value in row.values() if isinstance(value, str)]
+        parts.append("\n".join([", ".join(numbers), *texts]))
     return "\n\n".join(parts)
 
 
