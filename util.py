@@ -557,7 +557,7 @@ def open_stage(cfg, name, inputs=(), code=None, pairs=False):
         data[label.FILE] = digest(label.path_of(cfg.root))
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
-    return Stage(cfg.root, name, config, inputs, data, **how)
+    return Stage(cfg.root, name, config, inputs, data, tracker=cfg.tracker, **how)
 
 
 def train_base(cfg, base=None):

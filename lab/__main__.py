@@ -2,7 +2,8 @@
 
 Papermill runs the notebook of each stage; `course` runs all five notebooks. `chat` talks to a
 trained model, `label` asks you which of two answers is better, `data` shows how data of yours are
-read, `world` writes the embedded data, and `address` enters the repository's address.
+read, `compare` draws two runs on one page, `push` uploads a model to the hub, `world` writes the
+embedded data, and `address` enters the repository's address.
 """
 
 import argparse
@@ -29,6 +30,7 @@ STAGES = {  # command: (its folder in model/, its name in the metadata of Config
     "test": ("report", "test"),
 }
 LANGUAGE_MODELS = ("base", "actor", "rlhf")  # the folders in model/ that `chat` can talk to
+TRAINED = ("base", "actor", "critic", "rlhf")  # the folders in model/ that hold a model
 REWRITE = "\r\033[K"  # moves to the start of the terminal's line and empties it
 
 
@@ -139,6 +141,30 @@ def parser():
     )
     address.add_argument(
         "url", metavar="URL", help='https://github.com/OWNER/REPOSITORY, or "" to remove it'
+    )
+    compare = commands.add_parser(
+        "compare",
+        help="draw two runs on one page",
+        description="Draws two runs on one page: their curves, the parameters that differ, and "
+        "their results. A run is the folder of a course, its folder model/, or the folder of a "
+        "finished stage.",
+    )
+    compare.add_argument("first", metavar="A")
+    compare.add_argument("second", metavar="B")
+    compare.add_argument(
+        "--out", metavar="FILE", default="compare.html", help="the page to write [compare.html]"
+    )
+    push = commands.add_parser(
+        "push",
+        help="upload a model to the hub",
+        description="Prints the model card and the files of model/STAGE; with --yes it uploads "
+        "them to the Hugging Face hub.",
+    )
+    push.add_argument("name", metavar="NAME", help="the name on the hub, for example ada/tiny-rlhf")
+    push.add_argument("stage", metavar="STAGE", choices=TRAINED, help="|".join(TRAINED))
+    push.add_argument("--yes", action="store_true", help="upload, and do not only show")
+    push.add_argument(
+        "--root", metavar="DIR", default=HOME, help="the folder of the course [the notebooks' one]"
     )
     return top
 
@@ -490,6 +516,14 @@ def run(args):
         return show_data(args)
     if args.command == "address":
         return enter_address(args)
+    if args.command == "compare":
+        from lab.compare import compare
+
+        return print(compare(args.first, args.second, args.out))
+    if args.command == "push":
+        from lab.push import push
+
+        return push(args.root, args.stage, args.name, send=args.yes)
     given, root = parameters(args)
     for stage in STAGES if args.command == "course" else [args.command]:
         run_notebook(stage, given, root)

@@ -7,6 +7,7 @@ from pathlib import Path
 from lab import CourseError
 from lab.runs import has_record, read_record
 from lab.settings import Settings, knob
+from lab.tracking import tracker_names
 
 COLAB = dict(
     actor_lr=2e-5, actor_batch=4, actor_epochs=3, critic_lr=1e-5, critic_batch=8, critic_epochs=1,
@@ -113,6 +114,11 @@ class Config(Settings):
     )
     checkpoint_minutes: float = knob(
         2.0, "base actor critic rlhf", "minutes between checkpoints; 0: after every step"
+    )
+    tracker: str = knob(
+        "tensorboard",
+        "base actor critic rlhf",
+        "where curves go, one or more of: tensorboard, wandb, trackio, swanlab; or none",
     )
     micro_batch: int = knob(
         0,
@@ -315,6 +321,7 @@ class Config(Settings):
 
     def check(self):
         """Raises a CourseError for values that cannot work; it names the value and the rule."""
+        tracker_names(self.tracker)
         shares = self.sft_share, self.preference_share, self.prompt_share
         for name, fine, rule in (
             (

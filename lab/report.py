@@ -774,7 +774,7 @@ def table_html(table):
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>RLHF report</title>
+<meta name="color-scheme" content="light dark"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}
 body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
 color:#1a1a1a;background:#fff}}h1,h2{{line-height:1.2}}h2{{margin-top:2.5rem}}
@@ -784,10 +784,15 @@ td,th{{padding:.3rem .7rem .3rem 0;border-bottom:1px solid #ccc;vertical-align:t
 @media (prefers-color-scheme:dark){{body{{color:#ddd;background:#161616}}
 td,th{{border-color:#444}}}}
 @media (max-width:600px){{body{{margin:1rem auto;padding:0 .7rem}}}}</style></head>
-<body><h1>RLHF report: before and after</h1>
+<body><h1>{heading}</h1>
 {body}
 </body></html>
 """
+
+
+def page(title, heading, body):
+    """A page that needs no other file, for light and dark screens of any width."""
+    return PAGE.format(title=title, heading=heading, body=body)
 
 
 def parts(models, answers, beside, pairs):
@@ -897,4 +902,5 @@ def write_report(folder, report, parts):
         else:
             shown = f"<p>{html.escape(str(part))}</p>{told}"
         body.append(f"<section><h2>{html.escape(title)}</h2>\n{shown}</section>")
-    (folder / "report.html").write_text(PAGE.format(body="\n".join(body)), encoding="utf-8")
+    text = page("RLHF report", "RLHF report: before and after", "\n".join(body))
+    (folder / "report.html").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lab import CourseError, memory
+from lab import CourseError, memory, tracking
 from lab.errors import NOTEBOOKS, explained
 from lab.hub import reason_of
 
@@ -195,6 +195,7 @@ class Stage:
         resume=True,
         resume_changed=False,
         minutes=2.0,
+        tracker="none",
     ):
         self.root, self.name, self.config, self.minutes = Path(root), name, config, minutes
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
@@ -207,6 +208,7 @@ class Stage:
         self.lock = FileLock(lock)
         self.resume, self.resume_changed = resume, resume_changed
         self.past, self.notes, self.summary, self.stop_requested = [], [], {}, False
+        self.step, self.trackers = 0, tracking.Trackers(tracker, self.say)
 
     def __enter__(self):
         try:
@@ -238,6 +240,7 @@ class Stage:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
+            self.trackers.start(self.name, self.folder, self.config, self.step)
         except BaseException:
             self.lock.release()
             raise
@@ -270,7 +273,7 @@ class Stage:
             for damaged in found[: found.index(folder)]:
                 shutil.rmtree(damaged)
             self.restore_files(note["sizes"])
-            self.past = note["past"]
+            self.past, self.step = note["past"], note["step"]
             return folder
         if found:
             self.say("all checkpoints of the interrupted run are damaged; starting afresh.")
@@ -389,12 +392,15 @@ class Stage:
         metrics = {name: rounded(value) for name, value in metrics.items()}
         metrics |= memory.peaks()
         self.append("metrics.jsonl", [metrics])
+        self.step = metrics.get("step", self.step)
+        self.trackers.log(metrics, self.step)
         return metrics
 
     def alert(self, before, now, stop):
         """Prints the alerts that were not raised in the last step; `stop` makes them an error."""
         for name in now.keys() - before.keys():
             self.say(now[name])
+            self.trackers.text("alerts", now[name], self.step)
         if now and stop:
             raise CourseError(
                 f"{' '.join(now.values())} The run stopped because stop_on_alert = True; set it to "
@@ -405,6 +411,8 @@ class Stage:
         """Appends sample answers to samples.jsonl, one per line."""
         rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
         self.append("samples.jsonl", rows)
+        if rows:
+            self.trackers.text("samples", tracking.as_text(rows), rows[0].get("step", self.step))
 
     def append(self, name, rows):
         with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -412,6 +420,7 @@ class Stage:
 
     def __exit__(self, kind, error, trace):
         try:
+            self.trackers.close()  # Windows renames no folder with an open file
             if kind is None:
                 self.publish()
         except OSError as late:
@@ -433,6 +442,7 @@ class Stage:
     def publish(self):
         """Writes stage.json and moves the folder to model/<name>."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = [path for path in files if not tracking.is_event_file(path)]  # nothing reads them
         weights = [path for path in files if path.suffix == ".safetensors"]
         record = {
             "stage": self.name,
@@ -453,6 +463,7 @@ class Stage:
         if self.target.exists():
             os.replace(self.target, self.old)
         os.replace(self.folder, self.target)
+        tracking.rename_event_files(self.target, record["id"])
         shutil.rmtree(self.old, ignore_errors=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -460,7 +471,7 @@ class Stage:
 MAY_CHANGE = {  # parameters that may change before a run is resumed
     "root",  # you may move the folder of the course
     "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
-    "memory",
+    "memory", "tracker",
 }  # fmt: skip
 
 

@@ -287,6 +287,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "resume": (False, resumed, {}),
     "resume_changed": (True, resumed, dict(pretrain_lr=1e-5)),
     "checkpoint_minutes": (2.0, halfway, {}),
+    "tracker": ("none", ACTOR, {}),
     "micro_batch": (3, cut, {}),
     "cpu_fallback": (True, no_room, {}),
     "reader": ("own_functions.read", rows_of("sft"), {}),
