@@ -268,7 +268,13 @@ def trainable(model, cfg, *, drop=True):
     )
     with warnings.catch_warnings():  # about renamed arguments and the layers of GPT-2
         warnings.simplefilter("ignore")
-        return get_peft_model(model, shape).train(model.training)
+        try:
+            return get_peft_model(model, shape).train(model.training)
+        except ImportError as error:  # an old torchao, for example, even if nothing uses it
+            raise CourseError(
+                f"lora_rank = {cfg.lora_rank} needs peft, which refuses to work here ({error}): "
+                "uninstall the package that it names, or upgrade it."
+            ) from None
 
 
 def remove_dropout(model):

@@ -19,7 +19,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import STANDARD_TYPES, Token
 from tqdm import tqdm
 
-from lab import CourseError, memory, report
+from lab import CourseError, memory, models, report
 from lab.data import repeated
 from lab.runs import artifact, read_record, versions
 from lab.world import judge, knows
@@ -27,8 +27,10 @@ from lab.world import judge, knows
 pd.options.display.max_colwidth = None
 
 
-def hello(device):
-    """Says where this notebook runs; figures as pictures, no bars of other libraries."""
+def hello(cfg):
+    """Says where and in which precision this notebook runs. Figures are pictures, and other
+    libraries show no progress bars.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -36,7 +38,10 @@ def hello(device):
     get_ipython().run_line_magic("matplotlib", "inline")
     words = get_ipython().display_formatter.formatters["text/plain"]
     words.for_type(Figure, lambda figure, p, _: p.text(figure.get_label() or repr(figure)))
-    print(f"Running on {device},", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    half = {"bf16": "products in bf16", "fp16": "products in fp16, with loss scaling"}
+    parts = [str(models.pick_device(cfg)), half.get(models.precision(cfg))]
+    parts += [f"{name} {version}" for name, version in versions().items()]
+    print("Running on", ", ".join(filter(None, parts)))
 
 
 def parameters():

@@ -256,8 +256,10 @@ def test_a_figure_is_described_in_words_where_pictures_are_not_shown(monkeypatch
     monkeypatch.setattr(notebook, "get_ipython", lambda: shell)
     for name in ("disable_progress_bar", "set_verbosity_error"):
         monkeypatch.setattr(f"transformers.utils.logging.{name}", lambda: None)
-    notebook.hello("cpu")
+    notebook.hello(Config("tiny", device="cpu"))
     assert capsys.readouterr().out.startswith("Running on cpu, python 3")
+    notebook.hello(Config("tiny", device="cpu", precision="fp16"))
+    assert "cpu, products in fp16, with loss scaling, python" in capsys.readouterr().out
     figure = report.next_token_bars(["a", "b"], [0.25, 0.75], [0.5, 0.5])
     words = shell.display_formatter.formatters["text/plain"](figure)
     assert words == "Next token, actor and rlhf: b 0.75 and 0.50, a 0.25 and 0.50."
