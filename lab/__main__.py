@@ -97,7 +97,7 @@ def parser():
         "--count", metavar="N", type=int, default=40, help="how many pairs to compare in all [40]"
     )
     label.add_argument(
-        "--person",
+        "--labeller",
         metavar="NAME",
         help="a reward or module.function that compares in your place: the higher number wins",
     )
@@ -106,7 +106,7 @@ def parser():
         metavar="SHARE",
         type=float,
         default=0.0,
-        help="the share of that person's choices that are reversed [0]",
+        help="the share of its choices that are turned round [0]",
     )
     shown = commands.add_parser(
         "data",
@@ -441,7 +441,7 @@ def answer_ids(cfg, tokenizer, model, temperature, row, number):
 
 
 @plain_errors
-def compare(args):
+def label_pairs(args):
     """Asks in the terminal which of two answers is better, or lets a function decide."""
     from transformers.utils import logging as transformers_logging
 
@@ -454,9 +454,9 @@ def compare(args):
     cfg = util.Config.of(**given | {"root": str(root)})
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    if args.person:
-        done = label.simulate(cfg, util.pairs_to_ask, args.person, args.count, args.noise)
-        print(f"{args.person} has compared {done} pairs: {label.path_of(root)}")
+    if args.labeller:
+        done = label.simulate(cfg, util.pairs_to_ask, args.labeller, args.count, args.noise)
+        print(f"{args.labeller} has compared {done} pairs: {label.path_of(root)}")
     else:
         label.ask_in_terminal(label.Session(cfg, util.pairs_to_ask, args.count))
 
@@ -505,25 +505,32 @@ def enter_address(args):
     print("\n".join(map(str, changed)) or "Nothing to change: the address is there already.")
 
 
+def compare_runs(args):
+    from lab.compare import compare
+
+    print(compare(args.first, args.second, args.out))
+
+
+def push_stage(args):
+    from lab.push import push
+
+    push(args.root, args.stage, args.name, send=args.yes)
+
+
+COMMANDS = {  # all others run notebooks
+    "world": make_world,
+    "data": show_data,
+    "label": label_pairs,
+    "chat": chat,
+    "compare": compare_runs,
+    "push": push_stage,
+    "address": enter_address,
+}
+
+
 def run(args):
-    if args.command == "world":
-        return make_world(args)
-    if args.command == "chat":
-        return chat(args)
-    if args.command == "label":
-        return compare(args)
-    if args.command == "data":
-        return show_data(args)
-    if args.command == "address":
-        return enter_address(args)
-    if args.command == "compare":
-        from lab.compare import compare
-
-        return print(compare(args.first, args.second, args.out))
-    if args.command == "push":
-        from lab.push import push
-
-        return push(args.root, args.stage, args.name, send=args.yes)
+    if args.command in COMMANDS:
+        return COMMANDS[args.command](args)
     given, root = parameters(args)
     for stage in STAGES if args.command == "course" else [args.command]:
         run_notebook(stage, given, root)

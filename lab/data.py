@@ -274,6 +274,11 @@ class Table(NamedTuple):
     shapes: Counter  # how many records had which shape
     dropped: list  # (place, Problem) of each record that cannot be used
 
+    @property
+    def count(self):
+        """How many records the source has, also those that were left out."""
+        return self.shapes.total() + len(self.dropped)
+
     def without(self, prompts):
         """Returns the table without the rows of some prompts."""
         kept = [i for i, row in enumerate(self.rows) if row["prompt"] not in prompts]
@@ -373,7 +378,7 @@ def read_rows(path, needs=("prompt",), reader=None, say=None):
     "Human: ... Assistant:" if they lack it. `say` is told which rows are left out.
     """
     table = read_table([Path(path)], str(path), reader)
-    sort_out(table.name, len(table.rows) + len(table.dropped), table.dropped, say)
+    sort_out(table.name, table.count, table.dropped, say)
     fit = table.fitting(table.rows, dict.fromkeys(("prompt", *needs)), say)
     return [row for row, fits in zip(table.rows, fit) if fits]
 

@@ -100,8 +100,8 @@ def last_answer(value):
 def pair_of_dialogues(record):
     """Two whole dialogues with a common beginning: the prompt ends where their answers differ."""
     both, prompt = [record["chosen"], record["rejected"]], record.get("prompt")
-    texts = all(isinstance(one, str) for one in both)
-    if texts and (prompt or not all(map(BORDER.search, both))):
+    texts = [one for one in both if not isinstance(one, list)]
+    if texts and (prompt or not all(isinstance(t, str) and BORDER.search(t) for t in texts)):
         return None  # two answers
     chosen, rejected = (spoken(one, "Assistant") for one in both)
     if prompt and chosen[0][0] == "Assistant":

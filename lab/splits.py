@@ -39,18 +39,7 @@ def load_rows(cfg, share, needs=("prompt",), say=None):
     is told which rows are left out and which answers are made.
     """
     table = training_table(cfg, source_of(cfg, share))
-    sort_out(table.name, len(table.rows) + len(table.dropped), table.dropped, say)
-    order = torch.randperm(len(table.rows), generator=rng_for(cfg, "shares")).tolist()
-    if not getattr(cfg, f"{share}_data"):
-        first = {"sft": 0, "preference": cfg.sft_share}
-        start = first.get(share, cfg.sft_share + cfg.preference_share)
-        stop = start + getattr(cfg, f"{share}_share")
-        order = order[round(start * len(order)) : round(stop * len(order))]
-        if not order:
-            raise CourseError(
-                f"{share}_share = {stop - start:g} of {len(table.rows)} rows gives no row: raise "
-                "it."
-            )
+    sort_out(table.name, table.count, table.dropped, say)
     rows = table.rows
     if "response" in needs:
         rows = with_responses(rows, say)
@@ -65,6 +54,17 @@ def load_rows(cfg, share, needs=("prompt",), say=None):
         raise CourseError(
             f"{error} The rows have good answers: negatives = 'other' or 'cut' makes bad ones."
         ) from None
+    order = torch.randperm(len(table.rows), generator=rng_for(cfg, "shares")).tolist()
+    if not getattr(cfg, f"{share}_data"):
+        first = {"sft": 0, "preference": cfg.sft_share}
+        start = first.get(share, cfg.sft_share + cfg.preference_share)
+        stop = start + getattr(cfg, f"{share}_share")
+        order = order[round(start * len(order)) : round(stop * len(order))]
+        if not order:
+            raise CourseError(
+                f"{share}_share = {stop - start:g} of {len(table.rows)} rows gives no row: raise "
+                "it."
+            )
     chosen = [rows[i] for i in order if fits[i]]
     if not chosen:
         raise CourseError(f"No row in the {share} share of {table.name} has {' and '.join(needs)}.")

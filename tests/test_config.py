@@ -36,6 +36,7 @@ def read(path):
 def count(prompts, responses):
     return [len(text) for text in responses]
 """
+OTHER = "".join(["question,answer\n", *(f"{i}?,It is {i}.\n" for i in range(40))])
 CONFIGURATION = """
 from transformers import PretrainedConfig
 
@@ -246,6 +247,11 @@ def perplexity(place, values):
     return util.perplexity(model, tokenizer, cfg)
 
 
+def eval_rows(place, values):
+    place.patch.chdir(place.folder)
+    return util.load_eval_rows(config(place.finished, values))
+
+
 def best(place, values):
     cfg = config(place.finished, values)
     return util.best_of(crew_of(cfg), util.load_eval_rows(cfg), cfg, util.rng_for(cfg, "test"))
@@ -272,9 +278,17 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "device": ("abacus", of(util.pick_device), {}),
     "max_prompt": (7, encoded, {}),
     "max_new_tokens": (7, encoded, {}),
+    "data": ("other.csv", rows_of("sft"), {}),
+    "sft_data": ("other.csv", rows_of("sft"), {}),
+    "preference_data": ("other.csv", rows_of("preference"), {}),
+    "prompt_data": ("other.csv", rows_of("prompt"), {}),
+    "eval_data": ("other.csv", eval_rows, {}),
+    "max_rows": (30, rows_of("sft"), {}),
     "sft_share": (0.1, rows_of("sft"), {}),
     "preference_share": (0.1, rows_of("preference"), {}),
     "prompt_share": (0.2, rows_of("prompt"), {}),
+    "eval_share": (0.5, eval_rows, dict(data="other.csv")),
+    "negatives": ("cut", rows_of("preference"), dict(data="other.csv")),
     "eval_batch": (3, pieces, {}),
     "memory": (0.6, cut, {}),
     "validation_rows": (4, ACTOR, {}),
@@ -304,6 +318,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "layers": (1, BASE, {}),
     "heads": (2, BASE, {}),
     "init_std": (0.02, BASE, {}),
+    "pretrain_data": ("dataset/eval.json", BASE, {}),
     "pretrain_documents": (150, BASE, {}),
     "pretrain_steps": (2, BASE, {}),
     "pretrain_batch": (3, BASE, {}),
@@ -405,6 +420,7 @@ def test_every_field_has_a_line():
 def test_another_value_gives_another_result(name, finished, known, tmp_path, monkeypatch):
     other, look, given = TABLE[name]
     (tmp_path / "own_functions.py").write_text(OWN)
+    (tmp_path / "other.csv").write_text(OTHER)
     monkeypatch.delitem(sys.modules, "own_functions", raising=False)
     place = Place(finished, tmp_path, monkeypatch)
     assert getattr(config(finished, given), name, None) != other

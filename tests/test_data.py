@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import util
-from lab.data import check_no_overlap, read_rows, repeated
+from lab.data import check_no_overlap, read_rows, recognised, repeated
 from lab.runs import CourseError
 
 # ------------------------------------------------------------------------------------------ Config
@@ -179,22 +179,22 @@ LAYOUT = "one JSON object per line, or one JSON list"
         (LINE + "\0\n", "line 2: the text contains NUL characters", "UTF-8"),
         (f"[{LINE},\n\0{LINE}]", "line 3: the text contains NUL characters", "UTF-8"),
         (
-            LINE + json.dumps(GOOD | {"kind": "a\0b"}),
-            "line 2: the text contains NUL characters",
+            json.dumps(GOOD | {"kind": "a\0b"}),
+            "line 1: the text contains NUL characters",
             "remove",
         ),
         (
-            LINE + json.dumps(GOOD | {"flaw": "\ud800"}),
-            "line 2: the text contains half of a surrogate pair",
+            json.dumps(GOOD | {"flaw": "\ud800"}),
+            "line 1: the text contains half of a surrogate pair",
             "remove",
         ),
         (
-            LINE + json.dumps({"\udfff": 1}),
-            "line 2: the text contains half of a surrogate pair",
+            json.dumps({"\udfff": 1}),
+            "line 1: the text contains half of a surrogate pair",
             "remove",
         ),
-        (LINE + "3\n" + LINE, "line 2: a row must be an object", '{"prompt": "..."}'),
-        (f'[{LINE}, "text", null]', "row 2 (the first of 2): a row must be an object", "prompt"),
+        ("3\n" + LINE + "4\n", "line 1 (the first of 2): a row must be an object", '{"prompt"'),
+        (f"[{LINE}, [3], null]", "row 2 (the first of 2): a row must be an object", "prompt"),
     ],
     ids=range(19),
 )
@@ -220,32 +220,45 @@ PAIR = ("prompt", "chosen", "rejected")
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"rejected": None}, "the field 'rejected' must be a text"),
         ({"prompt": 3}, "the field 'prompt' must be a text"),
-        ({"prompt": ["text"]}, "the field 'prompt' must be a text"),
+        ({"prompt": {"a": "b"}}, "the field 'prompt' must be a text"),
         ({"chosen": {"a": "b"}}, "the field 'chosen' must be a text"),
         ({"prompt": ""}, "the field 'prompt' is empty"),
         ({"prompt": " \n\u3000"}, "the field 'prompt' is empty"),
         ({"chosen": "\t"}, "the field 'chosen' is empty"),
         ({"rejected": ""}, "the field 'rejected' is empty"),
-        ({"rejected": " a\n"}, "chosen and rejected are equal: remove such rows; they teach"),
+        ({"rejected": " a\n"}, "chosen and rejected are equal"),
     ],
     ids=repr,
 )
-def test_a_row_that_cannot_be_used_is_counted_and_placed(tmp_path, change, words):
+def test_few_bad_rows_are_left_out_and_many_are_refused(tmp_path, change, words):
     bad = json.dumps(GOOD | change) + "\n"
-    assert refusal(stored(tmp_path, LINE + bad), PAIR).startswith(f"line 2: {words}")
+    for text in (LINE * 3 + bad + LINE + bad, f"[{LINE}, {LINE}, {LINE}, {bad}, {LINE}, {bad}]"):
+        said, path = [], stored(tmp_path, text)
+        assert read_rows(path, PAIR, say=said.append) == [GOOD] * 4
+        place = "row 4" if text[0] == "[" else "line 4"
+        why = f"2: {words} (first: {place})."
+        assert said == [f"2 of 6 rows of {path} are left out. {why}"]
+    assert len(read_rows(stored(tmp_path, LINE + bad), PAIR)) == 1, "half of them may be bad"
     many = refusal(stored(tmp_path, LINE * 11 + "\n" + bad * 37 + LINE), PAIR)
     assert many.startswith(f"line 13 (the first of 37): {words}")
     listed = refusal(stored(tmp_path, f"[{LINE},{bad},{bad}]"), PAIR)
     assert listed.startswith(f"row 2 (the first of 2): {words}")
 
 
-def test_what_is_not_needed_may_be_empty_equal_or_missing(tmp_path):
+def test_rows_without_a_field_serve_where_it_is_not_needed(tmp_path):
+    bare = [{"prompt": GOOD["prompt"], "n": i} for i in range(9)] + [GOOD | {"chosen": None}]
+    path, said = stored(tmp_path, json.dumps([*bare, GOOD])), []
+    assert read_rows(path) == [*bare, GOOD]
+    assert read_rows(path, PAIR, say=said.append) == [GOOD], "ten rows have no pair: no defect"
+    assert "9: the field 'chosen' is missing (first: row 1); 1: the field" in said[0]
+    alone = stored(tmp_path, json.dumps(bare))
+    assert refusal(alone, PAIR).startswith("row 1 (the first of 9): the field 'chosen' is missing")
+
+
+def test_what_is_not_needed_may_be_empty_or_equal(tmp_path):
     rows = [GOOD | {"response": " "}, GOOD | {"rejected": "a"}, {"prompt": GOOD["prompt"], "n": 1}]
-    path = stored(tmp_path, json.dumps(rows))
-    assert read_rows(path) == rows
-    assert refusal(path, ("prompt", "chosen")).startswith("row 3: the field 'chosen' is missing")
+    assert read_rows(stored(tmp_path, json.dumps(rows))) == rows
 
 
 @pytest.mark.parametrize(
@@ -266,7 +279,7 @@ def test_what_is_not_needed_may_be_empty_equal_or_missing(tmp_path):
     ids=range(5),
 )
 def test_a_missing_field_is_named_and_the_nearest_one_too(tmp_path, row, words):
-    assert refusal(stored(tmp_path, LINE + json.dumps(row)), PAIR) == f"line 2: {words}"
+    assert refusal(stored(tmp_path, json.dumps(row)), PAIR) == f"line 1: {words}"
 
 
 @pytest.mark.parametrize("text", ["", "\ufeff", "\n \n\r\n\t", "[]", "[\n]\n"])
@@ -320,6 +333,7 @@ def test_prompts_get_the_dialogue_frame_once(tmp_path):
 
 def test_shares_are_disjoint_and_together_everything(write_rows):
     root = write_rows([{"prompt": f"Human: {i} Assistant:"} for i in range(203)])
+    write_rows([{"prompt": "Human: eval Assistant:"}], "eval.json")
     cuts = dict(sft_share=0.5, preference_share=0.4, prompt_share=0.1, root=str(root))
     cfg, other = (util.Config("tiny", seed=seed, **cuts) for seed in (0, 1))
     shares = [util.load_rows(cfg, share) for share in ("sft", "preference", "prompt")]
@@ -334,11 +348,13 @@ def test_shares_are_disjoint_and_together_everything(write_rows):
 def test_any_shares_are_disjoint(a, b, c, count):
     total = max(1.0, a + b + c)
     shares = dict(sft_share=a / total, preference_share=b / total, prompt_share=c / total)
-    seen = []
-    with mock.patch("lab.splits.read_dataset", lambda *_: list(range(count))):
+    found = [("", {"prompt": str(i)}) for i in range(count)]
+    seen, table = [], recognised("rows", found)
+    with mock.patch("lab.splits.training_table", lambda *_: table):
         for share in ("sft", "preference", "prompt"):
             try:
-                seen += util.load_rows(util.Config("tiny", **shares), share)
+                rows = util.load_rows(util.Config("tiny", **shares), share)
+                seen += [row["prompt"] for row in rows]
             except CourseError as error:
                 assert "gives no row" in str(error)
     assert len(seen) == len(set(seen))

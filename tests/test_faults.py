@@ -319,31 +319,34 @@ def list_cut_off(course):
     course.train.write_text(json.dumps(rows, indent=1)[:-30])
 
 
-@fault(INPUT, "critic", r"train\.json, line 5: the field 'chosen' is missing; the row has prompt")
+LEFT_OUT = r"1 of 300 rows of dataset/train\.json are left out\. 1: "
+
+
+@fault(INPUT, "critic", LEFT_OUT + r"the field 'chosen' is missing \(first: line 5\)", "on")
 def missing_field(course):
     """a row has only a prompt"""
     course.edit_row(5, chosen=None, rejected=None, response=None)
 
 
-@fault(INPUT, "critic", r"line 5: the field 'chosen' is missing; the row has 'choosen': rename it")
+@fault(INPUT, "critic", r"line 1 .*: the field 'chosen' is missing; the row has 'choosen': rename")
 def misnamed_field(course):
-    """a row says "choosen" instead of "chosen\""""
-    course.edit_row(5, chosen=None, choosen="yes")
+    """the rows say "choosen" instead of "chosen\""""
+    course.train.write_text(course.train.read_text().replace('"chosen"', '"choosen"'))
 
 
-@fault(INPUT, "actor", r'line 5: the field \'response\' must be a text: write it as "\.\.\."')
+@fault(INPUT, "actor", LEFT_OUT + r"the field 'response' must be a text", "on")
 def wrong_type(course):
     """a row's response is a number"""
     course.edit_row(5, response=5)
 
 
-@fault(INPUT, "actor", r"the field 'response' must be a text")
+@fault(INPUT, "actor", "1 of 300 rows have no response: 1_actor learns the chosen answer", "on")
 def null_field(course):
     """a row's response is null"""
     course.edit(course.train, '"response": "', '"response": null, "old": "')
 
 
-@fault(INPUT, "rows", r"line 3: a row must be an object like \{")
+@fault(INPUT, "actor", r"1 of 301 rows .* left out\. 1: a row must be an object", "on")
 def row_is_a_list(course):
     """a line of train.json is a list"""
     lines = course.train.read_text().splitlines()
@@ -394,14 +397,22 @@ def unreadable_file(course):
     course.train.chmod(0)
 
 
-@fault(INPUT, "actor", r"line 4 \(the first of 2\): the field 'response' is empty: fill it in")
+@fault(INPUT, "actor", r"2 of 300 rows .* 2: the field 'response' is empty \(first: line 4\)", "on")
 def empty_answers(course):
     """two rows have an empty answer"""
     course.edit_row(4, response="")
     course.edit_row(9, response=" \n")
 
 
-@fault(INPUT, "critic", r"line 4: chosen and rejected are equal: remove")
+@fault(INPUT, "actor", r"line 4 \(the first of 297\): the field 'response' is empty: fill it in")
+def mostly_empty_answers(course):
+    """most rows have an empty answer"""
+    rows = [json.loads(line) for line in course.train.read_text().splitlines()]
+    rows = [row | {"response": row["response"] * (i < 3)} for i, row in enumerate(rows)]
+    course.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@fault(INPUT, "critic", LEFT_OUT + r"chosen and rejected are equal \(first: line 4\)", "on")
 def equal_answers(course):
     """a row's chosen and rejected answers are the same"""
     course.edit_row(4, chosen="Yes.", rejected=" Yes. ")
@@ -420,13 +431,13 @@ def utf_16(course):
     course.train.write_bytes(course.train.read_text().encode("utf-16"))
 
 
-@fault(INPUT, "rows", r"line 2: the text contains NUL characters: remove them")
+@fault(INPUT, "actor", LEFT_OUT + r"the text contains NUL characters \(first: line 2\)", "on")
 def nul_characters(course):
     """a prompt holds a NUL character"""
     course.edit_row(2, prompt="Hi\0there")
 
 
-@fault(INPUT, "rows", r"line 1: .* half of a surrogate pair, like \\ud800: remove it")
+@fault(INPUT, "actor", LEFT_OUT + r"the text contains half of a surrogate pair", "on")
 def half_a_character(course):
     """an answer holds one half of a surrogate pair"""
     course.edit(course.train, '"chosen": "', '"chosen": "\\ud800')
