@@ -216,7 +216,9 @@ def simulate(cfg, pairs, person, count=40, noise=0.0):
     while pair := session.current:
         texts = [pair["left"], pair["right"]]
         left, right = ask(score, [pair["prompt"]] * 2, texts, "person")[0].tolist()
-        luck = torch.rand((), generator=rng_for(cfg, "noise", *sorted(texts))).item()
+        luck = torch.rand(
+            (), generator=rng_for(cfg, "noise", pair["prompt"], *sorted(texts))
+        ).item()
         if left == right:
             choice = "tie"
         else:

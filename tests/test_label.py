@@ -1,12 +1,21 @@
 """lab/label.py: the file of comparisons, what is asked, the terminal, the widget, and training."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from itertools import combinations
 
+import nbformat
 import pytest
 import torch
+import websocket
 
 import util
 from lab import CourseError, label
@@ -324,7 +333,7 @@ def person(tmp_path, monkeypatch):
 
 
 def many(cfg, count):
-    return [{"prompt": f"p{i}", "left": "a" * (i % 7 + 1), "right": "bbb"} for i in range(700)]
+    return [{"prompt": f"p{i}", "left": "a" * (i % 7 + 1), "right": "bbb"} for i in range(280)]
 
 
 def test_a_simulated_person_follows_its_function(tmp_path, person):
@@ -336,13 +345,13 @@ def test_a_simulated_person_follows_its_function(tmp_path, person):
 
 
 def test_noise_reverses_that_share_and_leaves_ties(tmp_path, person):
-    label.simulate(config(tmp_path), many, person, 700, noise=0.2)
+    label.simulate(config(tmp_path), many, person, 280, noise=0.2)
     wrong = [
         (len(row["left"]) < len(row["right"])) != (row["choice"] == "left")
         for row in lines(tmp_path)
         if row["choice"] != "tie"
     ]
-    assert len(wrong) == 600 and 0.14 < sum(wrong) / 600 < 0.26
+    assert len(wrong) == 240 and 0.1 < sum(wrong) / 240 < 0.3
 
 
 def test_a_simulated_person_goes_on_where_it_stopped(tmp_path, person):
@@ -494,3 +503,167 @@ def test_a_full_disk_is_said_where_the_person_looks(panel, session, monkeypatch)
 def test_a_run_without_a_person_shows_no_widget_and_makes_no_pairs(tmp_path, capsys):
     label.widget(config(tmp_path), None)
     assert "0 comparisons" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# JupyterLab in a browser
+
+
+BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable microsoft-edge".split()
+BOOK = """
+from lab import label
+from lab.config import Config
+
+pairs = [
+    {"prompt": f"Human: {i} <b>bold</b> 你好? Assistant:", "left": f"yes {i}", "right": f"不 {i}"}
+    for i in range(6)
+]
+label.widget(Config("smoke"), lambda cfg, count: pairs, count=4)
+"""
+
+
+def until(look, seconds=60):
+    """Waits until look() is true and returns it."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < end, f"nothing after {seconds} seconds"
+        time.sleep(0.05)
+    return found
+
+
+def ended(process):
+    """Ends a process and its children, as a crash would."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Page:
+    """A page in a headless browser, which follows DevTools commands."""
+
+    def __init__(self, folder):
+        path = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if path is None and os.environ.get("NEED_BROWSER") != "1":
+            pytest.skip("no Chromium, Chrome or Edge here (NEED_BROWSER=1 makes this fail)")
+        assert path, "NEED_BROWSER=1, and no Chromium, Chrome or Edge is installed"
+        how = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,800"]
+        how += ["--remote-debugging-port=0", "--remote-allow-origins=*", "about:blank"]
+        port = folder / "browser" / "DevToolsActivePort"
+        self.process = subprocess.Popen(
+            [path, f"--user-data-dir={port.parent}", *how],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        until(lambda: port.exists() and port.read_text().strip())
+        self.new, self.number = f"http://127.0.0.1:{port.read_text().split()[0]}/json/new?", 0
+
+    def open(self, url):
+        """Goes to the address in a new tab, as an old one might ask before it is left."""
+        tab = until(lambda: fetched(self.new + url, method="PUT"))
+        self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=60)
+
+    def tell(self, method, **parameters):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        self.socket.send(json.dumps(message))
+        while (answer := json.loads(self.socket.recv())).get("id") != self.number:
+            pass
+        return answer.get("result", {})
+
+    def js(self, code):
+        """The value of a JavaScript expression; None while there is no such thing on the page."""
+        found = self.tell("Runtime.evaluate", expression=code, returnByValue=True)
+        return found.get("result", {}).get("value")
+
+    def see(self, text):
+        """Waits until the output of the notebook shows a text."""
+        wanted = json.dumps(text)
+        shown = "[...document.querySelectorAll('.jp-OutputArea')].map(x => x.innerText).join()"
+        until(lambda: self.js(f"{shown}.includes({wanted})"))
+
+    def press(self, name):
+        button = f"[...document.querySelectorAll('button')].find(b => b.innerText == '{name}')"
+        self.js(f"{button}.click()")
+
+    def type_in(self, letter):
+        """A key in the box of the widget, with all that a keyboard sends."""
+        self.js("document.querySelector('.jp-OutputArea input[type=text]').focus()")
+        key = {"key": letter, "text": letter, "code": f"Key{letter.upper()}"}
+        self.tell("Input.dispatchKeyEvent", type="keyDown", **key)
+        self.tell("Input.dispatchKeyEvent", type="keyUp", **key)
+
+
+def fetched(address, **how):
+    """The JSON at an address; None while nobody answers."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, **how), timeout=5) as answer:
+            return json.load(answer)
+    except OSError:
+        return None
+
+
+def lab_server(folder, root, port):
+    """Starts JupyterLab in a folder and waits until it answers."""
+    own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    how = [f"--ServerApp.port={port}", "--IdentityProvider.token=", "--allow-root", "--no-browser"]
+    how += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"]
+    env = os.environ | own | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *how], env=env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    until(lambda: fetched(f"http://127.0.0.1:{port}/api/status"))
+    return process
+
+
+def open_and_run(page, port):
+    """Opens the notebook, also again, and runs its cell."""
+    page.open(f"http://127.0.0.1:{port}/lab/tree/book.ipynb?reset")
+    until(lambda: page.js("!!document.querySelector('.jp-Notebook .jp-CodeCell')"))
+    idle = "jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == 'idle'"
+    until(lambda: page.js(idle))
+    page.js("jupyterapp.commands.execute('notebook:run-all-cells'); 0")
+
+
+@pytest.mark.slow
+def test_a_person_clicks_in_jupyterlab_and_goes_on_after_a_crash(tmp_path, root):
+    cells = [nbformat.v4.new_code_cell(BOOK)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(book, tmp_path / "book.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        page = Page(tmp_path)
+        stack.callback(ended, page.process)
+        server = lab_server(tmp_path, root, port)
+        stack.callback(ended, server)
+        open_and_run(page, port)
+        page.see("0 of 4")
+        page.see("<b>bold</b> 你好?")
+        page.press("Left")
+        page.see("1 of 4")
+        time.sleep(label.PAUSE)
+        page.type_in("r")
+        page.see("2 of 4")
+        time.sleep(label.PAUSE)
+        page.type_in("u")
+        page.see("1 of 4")
+        assert [row["choice"] for row in lines(tmp_path)] == ["left"]
+        before = lines(tmp_path)
+        kinds = "[...document.querySelectorAll('.jp-Notebook .jp-Cell')].map(c => c.className)"
+        assert "jp-CodeCell" in page.js(kinds)[0], "a key must not reach the shortcuts of the page"
+
+        ended(server)
+        server = lab_server(tmp_path, root, port)
+        stack.callback(ended, server)
+        open_and_run(page, port)
+        page.see("1 of 4")
+        for count, name in ((2, "Tie"), (3, "Skip"), (4, "Right")):
+            time.sleep(label.PAUSE)
+            page.press(name)
+            page.see(f"{count} of 4")
+        page.see("train the reward model again")
+        found = lines(tmp_path)
+        assert [row["choice"] for row in found] == ["left", "tie", "skip", "right"]
+        assert found[:1] == before and len(set(map(label.key, found))) == 4
