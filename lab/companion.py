@@ -45,7 +45,7 @@ FLAWS = {  # a volunteer's flaw -> the part of the rule that it breaks
 FEELINGS = """
 sad | sad, down, unhappy | sad sadness sorrow* unhapp* miss missing | grief lonely hurt disappointed
 grief | heartbroken, empty, sad | grie* mourn* heartbr* loss missing empty emptiness | sad lonely
-lonely | lonely, alone, isolated | lone* alone isolat* left-out unseen invisible | sad hurt
+lonely | lonely, isolated | lone* alone isolat* left-out unseen invisible | sad hurt
 worried | worried, anxious, uneasy, nervous | worr* anxi* uneas* nerv* concern* | scared stressed
 scared | scared, afraid, frightened | scared scary afraid fear* fright* terrif* panic* | worried
 ashamed | ashamed, embarrassed, mortified | asham* shame* embarras* humiliat* mortif* | guilty
@@ -253,7 +253,7 @@ def draft(row, flaw, rng):
     """Returns one random answer with (or without) a flaw, or "" if its length is wrong."""
     _, topic, feeling, _, thing, question = table("situations.txt")[row["situation"]]
     adjectives = FEELINGS[feeling][0].split(", ")
-    adjectives = [adj for adj in adjectives if adj not in row["prompt"]]  # other words than theirs
+    adjectives = [adj for adj in adjectives if adj not in row["prompt"]] or adjectives
 
     def say(use, count=1):
         adj = rng.choice(adjectives)
