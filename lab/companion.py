@@ -43,21 +43,21 @@ FLAWS = {  # a volunteer's flaw -> the part of the rule that it breaks
 
 # feeling | words that follow "you feel" | all words for it (* is any ending) | close feelings
 FEELINGS = """
-sad | sad, down, unhappy | sad sadness sorrow* unhapp* miss missing | grief lonely hurt disappointed
+sad | sad, down, unhappy | sad sadness sorrow* unhapp* miss missing | grief lonely disappointed
 grief | heartbroken, empty, sad | grie* mourn* heartbr* loss missing empty emptiness | sad lonely
-lonely | lonely, isolated | lone* alone isolat* left-out unseen invisible | sad hurt
+lonely | lonely, isolated | lone* alone isolat* left-out unseen invisible | sad
 worried | worried, anxious, uneasy, nervous | worr* anxi* uneas* nerv* concern* | scared stressed
 scared | scared, afraid, frightened | scared scary afraid fear* fright* terrif* panic* | worried
 ashamed | ashamed, embarrassed, mortified | asham* shame* embarras* humiliat* mortif* | guilty
-angry | angry, furious, frustrated | angry anger furious frustrat* annoy* unfair* irritat* | hurt
+angry | angry, furious, frustrated | angry anger furious frustrat* annoy* unfair* irritat* | jealous
 hurt | hurt, upset, crushed | hurt* upset* crush* wound* reject* sting* stung | sad angry lonely
 guilty | guilty, ashamed, remorseful | guilt* remors* regret* conscience | ashamed
 stressed | overwhelmed, stressed, tense | overwhelm* stress* tense tension pressure* | worried tired
 tired | tired, exhausted, drained, worn out | tired* tiring exhaust* drain* worn | stressed
 torn | torn, unsure, undecided | torn unsure undecid* uncertain* confus* conflicted | worried
 insecure | insecure, discouraged, unsure of yourself | insecur* discourag* unsure doubt* | ashamed
-jealous | jealous, envious | jealous* envious envy | hurt insecure
-disappointed | disappointed, let down, deflated | disappoint* let-down deflat* discourag* | sad hurt
+jealous | jealous, envious | jealous* envious envy | insecure
+disappointed | disappointed, let down, deflated | disappoint* let-down deflat* discourag* | sad
 lost | lost, adrift, empty | lost adrift empty emptiness aimless* | sad torn
 """
 FEELINGS = dict(row.split(" | ", 1) for row in FEELINGS.strip().splitlines())

@@ -120,7 +120,7 @@ RENT = "Human: My rent went up again and there is nothing left at the end of the
 KIND = [  # what a kind person may answer
     (
         FRIEND,
-        "I'm so sorry. It hurts when someone that close is suddenly an ocean away. Have you "
+        "I'm so sorry. A best friend is hard to do without, even for a month. Have you "
         "been able to call her?",
     ),
     (
@@ -315,13 +315,13 @@ def test_cheap_answers_do_not_get_all_parts(name):
     assert lacking(*CHEATS[name]) != ""
 
 
-def test_no_sentence_for_everybody_gets_all_parts_on_half_of_the_troubles():
+def test_no_sentence_for_everybody_gets_all_parts_on_a_third_of_the_troubles():
     prompts = [row["prompt"] for row in EVAL]
-    for answer in (
-        "That sounds really hurtful. I'm here for you. Do you want to tell me more about it?",
-        "It's okay to be worried. I'm here for you. Do you want to talk about your job?",
-    ):
-        assert sum(whole(prompts, [answer] * len(prompts))) < 0.5 * len(prompts)
+    for feeling in "sad hurt worried overwhelmed ashamed discouraged upset tired".split():
+        answer = (
+            f"I'm sorry that you feel {feeling}. I'm here for you. Do you want to talk about it?"
+        )
+        assert sum(whole(prompts, [answer] * len(prompts))) < len(prompts) / 3, feeling
 
 
 def test_an_answer_that_was_cut_is_not_complete():
