@@ -43,21 +43,21 @@ FLAWS = {  # a volunteer's flaw -> the part of the rule that it breaks
 
 # feeling | words that follow "you feel" | all words for it (* is any ending) | close feelings
 FEELINGS = """
-sad | sad, down, unhappy | sad sadness sorrow* unhapp* miss missing | grief lonely hurt disappointed
+sad | sad, down, unhappy | sad sadness sorrow* unhapp* miss missing | grief lonely disappointed
 grief | heartbroken, empty, sad | grie* mourn* heartbr* loss missing empty emptiness | sad lonely
-lonely | lonely, alone, isolated | lone* alone isolat* left-out unseen invisible | sad hurt
+lonely | lonely, isolated | lone* alone isolat* left-out unseen invisible | sad
 worried | worried, anxious, uneasy, nervous | worr* anxi* uneas* nerv* concern* | scared stressed
 scared | scared, afraid, frightened | scared scary afraid fear* fright* terrif* panic* | worried
 ashamed | ashamed, embarrassed, mortified | asham* shame* embarras* humiliat* mortif* | guilty
-angry | angry, furious, frustrated | angry anger furious frustrat* annoy* unfair* irritat* | hurt
+angry | angry, furious, frustrated | angry anger furious frustrat* annoy* unfair* irritat* | jealous
 hurt | hurt, upset, crushed | hurt* upset* crush* wound* reject* sting* stung | sad angry lonely
 guilty | guilty, ashamed, remorseful | guilt* remors* regret* conscience | ashamed
 stressed | overwhelmed, stressed, tense | overwhelm* stress* tense tension pressure* | worried tired
 tired | tired, exhausted, drained, worn out | tired* tiring exhaust* drain* worn | stressed
 torn | torn, unsure, undecided | torn unsure undecid* uncertain* confus* conflicted | worried
 insecure | insecure, discouraged, unsure of yourself | insecur* discourag* unsure doubt* | ashamed
-jealous | jealous, envious | jealous* envious envy | hurt insecure
-disappointed | disappointed, let down, deflated | disappoint* let-down deflat* discourag* | sad hurt
+jealous | jealous, envious | jealous* envious envy | insecure
+disappointed | disappointed, let down, deflated | disappoint* let-down deflat* discourag* | sad
 lost | lost, adrift, empty | lost adrift empty emptiness aimless* | sad torn
 """
 FEELINGS = dict(row.split(" | ", 1) for row in FEELINGS.strip().splitlines())
@@ -110,11 +110,13 @@ VAGUE = set(  # words of a prompt that could stand in any answer
     "understand wait way week whole whose wish woman won't word work world write wrong year "
     "yesterday young".split()
 )
-TROUBLE = set(  # words that name a trouble say nothing about the tone of an answer
-    "alone awful bad cry crying dead death died difficult dreadful hard heavy horrible hurts "
-    "lose losing lost no ouch overwhelming pain painful problem problems rough tears terrible "
-    "tough trouble weakness worse worst".split()
-)
+HARD = "awful bad difficult dreadful hard heavy horrible overwhelming painful rough terrible tough"
+HARD = HARD.split()
+TROUBLE = {  # words that name a trouble say nothing about the tone of an answer
+    *"alone cry crying dead death died hurts lose losing lost no ouch pain problem".split(),
+    *"problems tears trouble weakness worse worst".split(),
+    *HARD,
+}
 
 
 def one_of(words):
@@ -134,7 +136,7 @@ SUPPORT = re.compile(  # support that VADER does not hear
     | \b(it|that|this)(\ is|'s)(\ \w+)?\ (okay|ok|natural|normal|human|fair)\ (to|that|if|for)\b
     | \b(must|sounds?|seems?|feels?|can\ be|would\ be|is|it's|that's|makes?\ sense)
       (\ (be|feel|have|been|felt|like|so|very|really|incredibly|quite|such|a|an))*
-      \ ({ANY_FEELING.pattern} | {one_of(sorted(TROUBLE)).pattern})""",
+      \ ({ANY_FEELING.pattern} | {one_of(HARD).pattern})""",
     re.IGNORECASE | re.VERBOSE,
 )
 MINIMISES = one_of(
@@ -163,7 +165,8 @@ MACHINE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 CONFESSES = re.compile(  # the answer speaks of feelings as the person would
-    rf"\bi('m| am|'ve been| have been| was| feel| felt)( \w+){{0,3}}? {ANY_FEELING.pattern}",
+    rf"\bi('m| am|'ve been| have been| was| feel| felt)( (so|very|really|just|also|still|too|quite"
+    rf"|feeling|getting|such|a|bit))* {ANY_FEELING.pattern}",
     re.IGNORECASE,
 )
 COMFORTS = re.compile(  # words for a feeling that do not say what the person feels
@@ -219,16 +222,18 @@ def rows(split, seed=0):
 
 def frames(text, feeling, count, rng):
     """Returns `count` different prompts of one situation: openers, closers, careless typing."""
-    found, own = set(), FEELINGS[feeling][0].split(", ")
+    found, own = {}, FEELINGS[feeling][0].split(", ")
     while len(found) < count:
         opener = rng.choice(sentences()["opener"]) if rng.random() < 0.3 else ""
         closer = rng.choice(sentences()["closer"]) if rng.random() < 0.7 else ""
         prompt = " ".join(filter(None, (opener, text, closer.format(adj=rng.choice(own)))))
-        if rng.random() < 0.15:
+        careless = rng.random()
+        if careless < 0.15:
             prompt = prompt.lower().rstrip(".")
-            prompt = prompt.replace("'", "") if rng.random() < 0.5 else prompt
-        found.add(prompt)
-    return sorted(found)
+        if careless < 0.07:
+            prompt = prompt.replace("'", "")
+        found[key(prompt)] = prompt
+    return list(found.values())
 
 
 def demonstration(row, rng, used):
@@ -238,39 +243,43 @@ def demonstration(row, rng, used):
         answer = draft(row, flaw, rng)
         verdict = explain(row["prompt"], answer)
         fits = all(verdict.values()) if flaw == "none" else not verdict[FLAWS[flaw]]
-        if fits and answer not in used:
+        if answer and fits and answer not in used:
             used.add(answer)
             return answer, flaw
     raise CourseError(f"No answer with the flaw {flaw!r} fits {row['prompt']!r}: add sentences.")
 
 
 def draft(row, flaw, rng):
-    """Returns one random answer with (or without) a flaw, not checked yet."""
+    """Returns one random answer with (or without) a flaw, or "" if its length is wrong."""
     _, topic, feeling, _, thing, question = table("situations.txt")[row["situation"]]
     adjectives = FEELINGS[feeling][0].split(", ")
-    adjectives = [adj for adj in adjectives if adj not in row["prompt"]]  # other words than theirs
+    adjectives = [adj for adj in adjectives if adj not in row["prompt"]] or adjectives
 
     def say(use, count=1):
         adj = rng.choice(adjectives)
         chosen = rng.sample(sentences()[use], count)
         return [s.format(thing=thing, Thing=thing[0].upper() + thing[1:], adj=adj) for s in chosen]
 
-    warm = say(rng.choice(["warm", "warm." + feeling]))
+    name, warm = say("name"), say(rng.choice(["warm", "warm." + feeling]))
     ask = [question] if rng.random() < 0.6 else say("ask")
-    good = rng.choice([say("name") + ask, say("name") + warm + ask, say("warm." + feeling) + ask])
-    parts = {
-        "advice": say("name", rng.randint(0, 1)) + say("advice." + topic, rng.randint(2, 3)),
-        "oneself": say("self", rng.randint(2, 3)),
-        "minimises": say("minimise", rng.randint(2, 3)),
-        "never asks": say("name") + warm,
-        "long": say("name") + warm + say("advice." + topic, 2) + say("self", 2) + say("name") + ask,
-    }.get(flaw, good)
-    answer = " ".join(dict.fromkeys(parts))
-    words = answer.split()
+    if flaw == "advice":
+        parts = say("name", rng.randint(0, 1)) + say("advice." + topic, rng.randint(2, 3))
+    elif flaw == "oneself":
+        parts = say("self", rng.randint(2, 3))
+    elif flaw == "minimises":
+        parts = say("minimise", rng.randint(2, 3))
+    elif flaw == "never asks":
+        parts = name + warm
+    elif flaw == "long":
+        parts = name + warm + say("advice." + topic, 2) + say("self", 2) + say("name") + ask
+    else:
+        parts = rng.choice([name + ask, name + warm + ask, say("warm." + feeling) + ask])
+    words = " ".join(parts).split()
     if flaw == "breaks off":
-        return " ".join(words[: rng.randint(6, len(words) - 2)]).rstrip(".,:;?!")
+        words = words[: rng.randint(6, len(words) - 2)]
+        words[-1] = words[-1].rstrip(".,:;?!")
     low, high = {"none": (12, 40), "long": (60, 80)}.get(flaw, (5, 45))
-    return answer if low <= len(words) <= high else draft(row, flaw, rng)
+    return " ".join(words) if low <= len(words) <= high else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +428,7 @@ def is_complete(answer, ended):
     if not ended or not answer.rstrip("\"') ").endswith((".", "!", "?")):
         return False
     chain = 0
-    for word in re.findall(r"[a-z'-]+|[.!?]", answer.lower().replace("\u2019", "'")):
+    for word in re.findall(r"[a-z'-]+|[.!?]", answer.lower()):
         chain = 0 if word in FUNCTION or word in ".!?" else chain + 1
         if chain > CHAIN:
             return False
