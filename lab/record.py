@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 import nbformat
+import pandas as pd
 
 from lab import drawing, report
 from lab.address import between_markers
@@ -108,6 +109,38 @@ def algorithms(runs, words, chosen=None):
     return table(["", "judge, sampled", "judge, greedy", "KL (nats)", "seconds"], rows, words)
 
 
+def real(runs, words):
+    """The figures of bench/real.py: each metric over all seeds, and the means of the others."""
+    metrics = list(runs[0]["models"]["actor"]["metrics"])
+    means = {"kl": "KL (nats)", "length": "length (tokens)", "distinct_2": "distinct-2"}
+    means["perplexity"] = "perplexity"
+    rows = []
+    for name in runs[0]["models"]:
+        found = [run["models"][name] for run in runs]
+        row = [", ".join(f"{x['metrics'][m]['mean']:.2f}" for x in found) for m in metrics]
+        for key in means:
+            known = [x[key] for x in found if key in x]
+            row.append(report.digits(mean(known)) if known else "-")
+        rows.append([name, *row])
+    return table(["model", *metrics, *means.values()], rows, words)
+
+
+def real_answers(run, words):
+    """The first answers of a run of bench/real.py, before and after."""
+    models = [name for name in run["models"] if name in run["answers"][0]]
+    rows = []
+    for row in run["answers"]:
+        prompt = row["prompt"].removeprefix("Human: ").removesuffix(" Assistant:")
+        rows.append([prompt, *(" ".join(row[name].split()) for name in models)])
+    return table(["trouble", *models], rows, words)
+
+
+def real_curves(run):
+    """The curves of 3_rlhf in a run of bench/real.py."""
+    history = pd.DataFrame(run["curves"]).dropna(axis=1, how="all")
+    return report.svg(report.curves(history, report.panels("ppo")))
+
+
 def pages(root):
     """Writes the tables and pictures of README.md, README.zh-CN.md and docs/."""
     folder, docs = Path(root) / "model" / "report", HOME / "docs"
@@ -137,6 +170,13 @@ def pages(root):
         fill(HOME / name, "result", result(summary, text, words))
         fill(HOME / name, "algorithms", algorithms(runs, words, main))
     fill(docs / "algorithms.md", "algorithms", algorithms(runs, {}))
+    if (docs / "real.json").exists():
+        runs = json.loads((docs / "real.json").read_text(encoding="utf-8"))
+        for path, words in ((HOME / "README.md", {}), (HOME / "README.zh-CN.md", WORDS)):
+            fill(path, "real", real(runs, words))
+        fill(docs / "real.md", "real", real(runs, {}))
+        fill(docs / "real.md", "real answers", real_answers(runs[0], {}))
+        (docs / "real.svg").write_text(real_curves(runs[0]), encoding="utf-8")
     (docs / "judged.svg").write_text(report.svg(report.headline(found["models"])), encoding="utf-8")
     (docs / "four_models.svg").write_text(drawing.four_models(), encoding="utf-8")
     (docs / "course.svg").write_text(drawing.course(), encoding="utf-8")
