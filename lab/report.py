@@ -555,15 +555,22 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
     """What the judge says about answers, by their reward: one column of panels per model.
 
     Above: how many answers got which reward, and whether the judge finds them right (score 1),
-    partly right or wrong (0). Below: the judge's mean in each bin that holds answers.
+    partly right or wrong (0). Below: the judge's mean in each bin that holds answers. Without a
+    judge a metric takes its place.
     """
     tables = {name: pd.DataFrame(answers[name]) for name in names if name in answers}
+    metric, grader = stand_in(answers), "judge's"
+    if metric:
+        grader = f"{metric}:"
+        for name, table in tables.items():
+            table["judge"] = [answer["metrics"][metric] for answer in answers[name]]
     tables = {name: table.dropna(subset=["judge", "reward"]) for name, table in tables.items()}
     tables = {name: table for name, table in tables.items() if len(table)}
     if not tables:
         figure, (ax,) = canvas(height=1)
         ax.set_axis_off()
-        ax.text(0.5, 0.5, "No answer has both a reward and a judge's score.", ha="center")
+        figure.set_label("No answer has both a reward and a judge's score.")
+        ax.text(0.5, 0.5, figure.get_label(), ha="center")
         return figure
     edges = nice_bins(np.concatenate([table["reward"] for table in tables.values()]), 14)
     figure, axes = canvas(len(tables), 2, height=2.4)
@@ -588,13 +595,24 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
                 )
                 below.text(x, 1.05, f"{len(here)}", ha="center", fontsize=7.5, rotation=90)
         below.set(ylim=(0, 1), xlim=(edges[0], edges[-1]), xlabel="reward")
-        below.set_ylabel("judge's mean" if not i else None)
+        below.set_ylabel(plain(f"{grader} mean") if not i else None)
         above.set_xlim(edges[0], edges[-1])
         top = table.nlargest(max(1, len(table) // 10), "reward")["judge"]
-        told.append(f"{name}: judge's mean {judge.mean():.2f}, of the top tenth {top.mean():.2f}")
+        told.append(f"{name}: {grader} mean {judge.mean():.2f}, of the top tenth {top.mean():.2f}")
     axes[0].legend(fontsize=8)
-    figure.set_label("Judge's scores by reward. " + "; ".join(told) + ".")
+    figure.set_label(f"{'Metric' if metric else 'Judge'}'s scores by reward. {'; '.join(told)}.")
     return figure
+
+
+def stand_in(answers):
+    """The metric that takes the judge's place if it knows none of the answers: the first whose
+    values all lie between 0 and 1. None if there is a judge, or no such metric."""
+    results = [result for part in answers.values() for result in part]
+    if any(result["judge"] is not None for result in results):
+        return None
+    known = [result.get("metrics", {}) for result in results]
+    names = known[0] if known else ()
+    return next((x for x in names if all(0 <= values[x] <= 1 for values in known)), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -824,14 +842,17 @@ def parts(models, answers, beside, pairs):
         found.append(("Metrics", metric_table(models), told))
     told = "Held-out questions and one sampled answer of each model. No training has seen these "
     found.append(("Answers to the same questions", beside, f"{told}questions."))
-    if known:
+    metric = stand_in(answers)
+    if known or metric:
+        what = f"how high {metric} is for them" if metric else "what the judge says about them"
+        mean = f"the mean of {metric}" if metric else "the judge's mean"
         found.append(
             (
-                "Reward and judge",
+                f"Reward and {metric or 'judge'}",
                 reward_against_judge(answers),
-                "Above: how many answers got which reward, and what the judge says about them. "
-                "Orange at a high reward means that the reward model is wrong. Below: the judge's "
-                "mean in each range of rewards, with its 95 % interval and the number of answers.",
+                f"Above: how many answers got which reward, and {what}. Orange at a high reward "
+                f"means that the reward model is wrong. Below: {mean} in each range of rewards, "
+                "with its 95 % interval and the number of answers.",
             )
         )
     if pairs is None:  # with a reward of your own there may be no reward model
