@@ -1,7 +1,7 @@
 """The task of the preset `real`: a chat model learns to be a supportive companion.
 
-`rows("train")` and `rows("eval")` hold everyday troubles. Half of the train rows carry the answer
-of a volunteer; a share GOOD of these answers is good, and the others have one human flaw each.
+`rows("train")` and `rows("eval")` hold everyday troubles. Train rows carry the answer of
+a volunteer; a share GOOD of these answers is good, and the others have one human flaw each.
 `explain(prompt, answer)` judges any answer by six parts, each True or False:
 
     supportive  its statements sound kind (VADER), and it does not play the trouble down
@@ -215,7 +215,7 @@ def rows(split, seed=0):
     rng.shuffle(found)
     if split == "train":
         used = set()
-        for row in found[::2]:
+        for row in found:
             row["response"], row["flaw"] = demonstration(row, rng, used)
     return found
 
