@@ -679,15 +679,12 @@ def validation_loss(model, tokenizer, rows, cfg):
 # ------------------------------------------------------------------------------------------------
 # 9. Reward model (2_critic)
 
-PAIR = ("prompt", "chosen", "rejected")  # the fields of a comparison
-
 
 def preference_rows(cfg, say=print):
     """The pairs to learn from: those of the data, or the actor's own answers that `cfg.labeller`
     compares; and `feedback_weight` times each comparison that you made with lab/label.py."""
-    rows = load_rows(cfg, "preference", ("prompt",) if cfg.labeller else PAIR, say)
-    if cfg.labeller:
-        rows = own_pairs(cfg, rows, cfg.labels, cfg.label_noise, "train")
+    rows = load_rows(cfg, "preference", needed_for_pairs(cfg), say)
+    rows = pairs_from(cfg, rows, cfg.labels, cfg.label_noise, "train")
     own = label.pairs_of(cfg.root) if cfg.feedback_weight else []
     if own:
         weight = f"count {cfg.feedback_weight} times each, beside {len(rows)} other pairs"
@@ -697,21 +694,32 @@ def preference_rows(cfg, say=print):
 
 def held_out_pairs(cfg):
     """Pairs whose prompts no training reads. A labeller compares them without errors."""
-    rows = load_eval_rows(cfg)
-    return own_pairs(cfg, rows, cfg.labels // 4, 0, "eval") if cfg.labeller else with_pairs(rows)
+    return with_pairs(pairs_from(cfg, load_eval_rows(cfg), cfg.labels // 4, 0, "eval"))
 
 
-def own_pairs(cfg, rows, count, noise, purpose):
+def needed_for_pairs(cfg):
+    """The fields that a row needs so that it can become a pair."""
+    if cfg.labeller:
+        return ("prompt",)
+    return ("prompt", "response") if cfg.negatives == "base" else ("prompt", "chosen", "rejected")
+
+
+def pairs_from(cfg, rows, count, noise, purpose):
+    """The rows as pairs, with the answers that a model has to write for them."""
+    rng = rng_for(cfg, "pairs", purpose)
+    if cfg.labeller:
+        return own_pairs(cfg, rows, count, noise, rng)
+    return pairs_with_base(cfg, rows, rng) if cfg.negatives == "base" else rows
+
+
+def own_pairs(cfg, rows, count, noise, rng):
     """The actor answers `count` prompts twice, and `cfg.labeller` says which answer is better.
 
     A share `noise` of its choices is turned round. A tie gives no pair.
     """
     labeller = named("labeller", cfg.labeller, {})
-    tokenizer, actor = load_pair(cfg, "actor")
     prompts = [rows[i % len(rows)]["prompt"] for i in range(count) for _ in range(2)]
-    rng, answers = rng_for(cfg, "pairs", purpose), []
-    for tokens in generate_answers(actor, tokenizer, prompts, cfg, rng):
-        answers += decode(tokenizer, *tokens[2:])
+    answers = sampled_answers(cfg, "actor", prompts, rng)
     scores, _ = ask(labeller, prompts, answers, "labeller")
     pairs, errs = [], torch.rand(count, generator=rng) < noise
     for i, (first, second) in enumerate(chunks(answers, 2)):
@@ -720,6 +728,25 @@ def own_pairs(cfg, rows, count, noise, purpose):
             better, worse = (first, second) if (lead > 0) != errs[i] else (second, first)
             pairs.append({"prompt": prompts[2 * i], "chosen": better, "rejected": worse})
     return pairs
+
+
+def pairs_with_base(cfg, rows, rng):
+    """Rows without a pair get one: their response is chosen, the base model's answer rejected."""
+    alone = [i for i, row in enumerate(rows) if row.get("response") and not row.get("rejected")]
+    answers = sampled_answers(cfg, "base", [rows[i]["prompt"] for i in alone], rng)
+    made = {
+        i: {"chosen": rows[i]["response"], "rejected": answer}
+        for i, answer in zip(alone, answers)
+        if answer.strip() and answer.strip() != rows[i]["response"].strip()
+    }
+    return with_pairs([row | made.get(i, {}) for i, row in enumerate(rows)])
+
+
+def sampled_answers(cfg, name, prompts, rng):
+    """An answer to each prompt, from the model of a finished stage."""
+    tokenizer, model = load_pair(cfg, name)
+    parts = generate_answers(model, tokenizer, prompts, cfg, rng)
+    return [text for part in parts for text in decode(tokenizer, *part[2:])]
 
 
 def train_critic(cfg, rows=None):
@@ -846,12 +873,10 @@ def pairs_to_ask(cfg, count):
     except CourseError as error:
         critics = []
         print(f"The pairs come in random order. {error}")
-    tokenizer, actor = load_pair(cfg, "actor")
     prompts = list(dict.fromkeys(row["prompt"] for row in load_rows(cfg, "prompt")))
     prompts = [prompt for prompt in prompts[: 4 * count] for _ in range(4)]
     rng = rng_for(cfg, "pairs to ask")
-    parts = generate_answers(actor, tokenizer, prompts, cfg, rng)
-    answers = [text for part in parts for text in decode(tokenizer, *part[2:])]
+    answers = sampled_answers(cfg, "actor", prompts, rng)
     scores = [critic(prompts, answers) for critic in critics]
     return label.ordered(prompts, answers, scores, rng)
 

@@ -52,7 +52,7 @@ ONE_OF = {
     "value_init": ("critic", "actor"),
     "ensemble_rule": ("mean", "min", "cautious"),
     "dpo_loss": ("sigmoid", "hinge", "ipo"),
-    "negatives": ("", "other", "cut"),
+    "negatives": ("", "other", "cut", "base"),
 }
 
 
@@ -91,7 +91,8 @@ class Config(Settings):
     negatives: str = knob(
         "",
         "all",
-        "rejected answers for rows without a pair: other (another row's), cut (a spoilt one)",
+        "rejected answers for rows without a pair: other (another row's), cut (a spoilt one) or "
+        "base (the base model's own)",
     )
     eval_batch: int = knob(250, "all", "batch size where no gradients are needed")
     memory: float = knob(

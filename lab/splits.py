@@ -52,7 +52,8 @@ def load_rows(cfg, share, needs=("prompt",), say=None):
         if "rejected" not in needs or not good:
             raise
         raise CourseError(
-            f"{error} The rows have good answers: negatives = 'other' or 'cut' makes bad ones."
+            f"{error} The rows have good answers: negatives = 'other', 'cut' or 'base' makes bad "
+            "ones."
         ) from None
     order = torch.randperm(len(table.rows), generator=rng_for(cfg, "shares")).tolist()
     if not getattr(cfg, f"{share}_data"):
@@ -353,8 +354,11 @@ def with_responses(rows, say=None):
 
 
 def with_negatives(cfg, rows, say=None):
-    """Returns the rows; those that have a good answer but no pair get one as cfg.negatives says."""
-    if not cfg.negatives:
+    """Returns the rows; those that have a good answer but no pair get one as cfg.negatives says.
+
+    With "base" the base model writes the bad answers later: see `preference_rows`.
+    """
+    if cfg.negatives in ("", "base"):
         return rows
     good = {i: good_answer(row) for i, row in enumerate(rows) if not row.get("rejected")}
     good = {i: text for i, text in good.items() if text}

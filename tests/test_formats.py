@@ -529,7 +529,9 @@ def test_pairs_that_are_there_stay(tmp_path):
 
 
 def test_without_pairs_the_error_names_the_parameter(tmp_path):
-    with pytest.raises(CourseError, match="'chosen' is missing.*negatives = 'other' or 'cut'"):
+    with pytest.raises(
+        CourseError, match="'chosen' is missing.*negatives = 'other', 'cut' or 'base'"
+    ):
         negatives(tmp_path, many(4))
     with pytest.raises(CourseError) as caught:
         negatives(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
