@@ -727,6 +727,11 @@ def own_pairs(cfg, rows, count, noise, rng):
         if lead:
             better, worse = (first, second) if (lead > 0) != errs[i] else (second, first)
             pairs.append({"prompt": prompts[2 * i], "chosen": better, "rejected": worse})
+    if not pairs:
+        raise CourseError(
+            f"labeller = {cfg.labeller!r} gave the same number to both answers of every pair: it "
+            "must prefer some answers, or the actor always says the same."
+        )
     return pairs
 
 
