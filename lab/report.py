@@ -559,9 +559,9 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
     judge a metric takes its place.
     """
     tables = {name: pd.DataFrame(answers[name]) for name in names if name in answers}
-    metric, grader = stand_in(answers), "judge's"
+    metric, verdicts, mean_of = stand_in(answers), list(VERDICTS), "judge's mean"
     if metric:
-        grader = f"{metric}:"
+        verdicts, mean_of = [f"{metric} = 1", "between", f"{metric} = 0"], f"mean of {metric}"
         for name, table in tables.items():
             table["judge"] = [answer["metrics"][metric] for answer in answers[name]]
     tables = {name: table.dropna(subset=["judge", "reward"]) for name, table in tables.items()}
@@ -582,7 +582,7 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
         groups["wrong"] = judge < 0.01
         parts = [reward[group] for group in groups.values()]
         colours = [VERDICTS[group] for group in groups]
-        above.hist(parts, edges, stacked=True, color=colours, label=list(groups))
+        above.hist(parts, edges, stacked=True, color=colours, label=verdicts)
         above.set(title=plain(name), ylabel="answers" if not i else None)
         for low, high in zip(edges[:-1], edges[1:]):
             last = high == edges[-1]
@@ -595,10 +595,10 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
                 )
                 below.text(x, 1.05, f"{len(here)}", ha="center", fontsize=7.5, rotation=90)
         below.set(ylim=(0, 1), xlim=(edges[0], edges[-1]), xlabel="reward")
-        below.set_ylabel(plain(f"{grader} mean") if not i else None)
+        below.set_ylabel(plain(mean_of) if not i else None)
         above.set_xlim(edges[0], edges[-1])
         top = table.nlargest(max(1, len(table) // 10), "reward")["judge"]
-        told.append(f"{name}: {grader} mean {judge.mean():.2f}, of the top tenth {top.mean():.2f}")
+        told.append(f"{name}: {mean_of} {judge.mean():.2f}, of the top tenth {top.mean():.2f}")
     axes[0].legend(fontsize=8)
     figure.set_label(f"{'Metric' if metric else 'Judge'}'s scores by reward. {'; '.join(told)}.")
     return figure

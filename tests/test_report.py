@@ -496,7 +496,7 @@ def test_reward_and_judge_stand_in_bins_that_hold_answers(rewards):
 def test_a_metric_between_0_and_1_takes_the_place_of_the_judge():
     rows = measured(words=[3.0] * 8, whole=[0.0, 1.0] * 4)
     figure = report.reward_against_judge({"actor": rows, "rlhf": rows})
-    assert "actor: whole: mean 0.50" in figure.get_label()
+    assert "actor: mean of whole 0.50" in figure.get_label()
     titles = [title for title, *_ in report.parts(with_metrics("whole"), {"actor": rows}, 0, None)]
     assert "Reward and whole" in titles
     for told in (measured(words=[3.0] * 8), answers(True)):
