@@ -5,15 +5,18 @@ a volunteer; a share GOOD of these answers is good, and the others have one huma
 `explain(prompt, answer)` judges any answer by six parts, each True or False:
 
     supportive  its statements sound kind (VADER), and it does not play the trouble down
-    names       it says which trouble or which feeling this is, and speaks to the person
+    names       it says which trouble or which feeling this is, and not as if it were its own
     offers      it asks the person something, or offers to listen
     human       it does not speak as a program, a hotline or a form letter
     brief       it has 5 to 45 words and does not repeat itself
     complete    it consists of whole sentences, and the last one ends
 
-The rule cannot see whether an answer is true, wise or consistent: it reads words, not meaning. A
-kind and fluent answer that misunderstands the trouble gets all six parts, and so does one warm
-sentence with a single word changed for each prompt. It reads English only.
+The rule reads words, not meaning. It cannot see whether an answer is true, wise or consistent, or
+whether its question has to do with the trouble: a kind and fluent answer that misunderstands the
+trouble gets all six parts, and so does one warm sentence with a single word changed for each
+prompt. VADER takes words like "increase" for kind and "without your best friend" for unkind. The
+rule knows the feelings of the troubles in situations.txt; to any other trouble every feeling fits.
+It reads English only.
 """
 
 import random
@@ -62,6 +65,12 @@ lost | lost, adrift, empty | lost adrift empty emptiness aimless* | sad torn
 """
 FEELINGS = dict(row.split(" | ", 1) for row in FEELINGS.strip().splitlines())
 FEELINGS = {name: tuple(row.split(" | ")) for name, row in FEELINGS.items()}
+FAMILIES = [  # a feeling of another family is not the feeling of this trouble
+    "sad grief lonely hurt disappointed lost insecure",
+    "worried scared stressed tired torn lost insecure",
+    "ashamed guilty insecure hurt",
+    "angry jealous hurt disappointed stressed",
+]
 SAME = """
 mother mom mum mummy mommy mama
 father dad daddy papa
@@ -132,7 +141,8 @@ SUPPORT = re.compile(  # support that VADER does not hear
       | of\ course\ you('\w+)? | understandable | i\ (get|hear|understand)\ (it|you)
       | on\ your\ side | heart\ goes\ out
       | i\ (can\ )?(hear|see|imagine|understand)\ (how|why) | right\ to\ feel | it\ takes\ courage
-      | makes?\ sense )\b
+      | makes?\ sense | glad\ (that\ )?you\ (told|wrote|shared)
+      | thank\ you\ for\ (telling|sharing|trusting) )\b
     | \b(it|that|this)(\ is|'s)(\ \w+)?\ (okay|ok|natural|normal|human|fair)\ (to|that|if|for)\b
     | \b(must|sounds?|seems?|feels?|can\ be|would\ be|is|it's|that's|makes?\ sense)
       (\ (be|feel|have|been|felt|like|so|very|really|incredibly|quite|such|a|an))*
@@ -164,6 +174,12 @@ MACHINE = re.compile(
     | \[[^\]]*\] | ^(dear|subject)\b | \b(human|user|assistant|system): | <\|""",
     re.IGNORECASE | re.VERBOSE,
 )
+YOU_FEEL = re.compile(  # the answer says which feeling it is
+    r"\b(feel|feels|feeling|be|being|are|you're|so|how|very|really|sounds?|(leave|make)s? you) ("
+    + "|".join(sorted({word for row in FEELINGS.values() for word in row[0].split(", ")}))
+    + r")\b",
+    re.IGNORECASE,
+)
 CONFESSES = re.compile(  # the answer speaks of feelings as the person would
     rf"\bi('m| am|'ve been| have been| was| feel| felt)( (so|very|really|just|also|still|too|quite"
     rf"|feeling|getting|such|a|bit))* {ANY_FEELING.pattern}",
@@ -171,13 +187,14 @@ CONFESSES = re.compile(  # the answer speaks of feelings as the person would
 )
 COMFORTS = re.compile(  # words for a feeling that do not say what the person feels
     r"\bi('m| am) (\w+ )?(sad|upset|concerned|worried|afraid) (to|for|that|about)\b"
-    r"|\bnot alone\b|\bdon't worry\b|\bno doubt\b",
+    r"|\bnot alone\b|\bdon't (worry|be afraid to)\b|\bno (doubt|pressure)\b"
+    r"|\b(nothing|not|reason|have|need) to (be|feel) \w+",
     re.IGNORECASE,
 )
 FEWEST, MOST, BEST = 5, 45, 25  # words of an answer
 TONE = 0.3  # VADER score from which statements sound kind; -TONE with words of support
 GUSH = 0.25  # share of strongly positive words from which they sound false
-COPIED = 7  # words in a row that are also a row in the prompt
+COPIED = 6, 10  # words in a row copied from the prompt: with a word like "my", without one
 CHAIN = 5  # words in a row without any function word
 
 # --------------------------------------------------------------------------------------------------
@@ -347,19 +364,26 @@ def key(text):
 
 
 @lru_cache(maxsize=4096)
-def fitting_feelings(prompt):
-    """Returns the feelings that fit a known trouble; to an unknown trouble any may fit."""
+def feeling_of(prompt):
+    """Returns the feeling of a known trouble, or None."""
     text = key(prompt)
-    for situation, feeling in known_feelings().items():
-        if situation in text:
-            return (feeling, *FEELINGS[feeling][2].split())
-    return tuple(FEELINGS)
+    return next((f for situation, f in known_feelings().items() if situation in text), None)
 
 
 @cache
-def feeling_words(feelings):
-    """Returns the pattern of all words for some feelings."""
-    return one_of(sorted({word for name in feelings for word in FEELINGS[name][1].split()}))
+def feeling_words(feeling):
+    """Returns two patterns for a feeling: words that name it, and words that are akin to it.
+
+    To a trouble that is not known any feeling fits.
+    """
+    if feeling is None:
+        return ANY_FEELING, re.compile(".*")
+    close = {feeling, *FEELINGS[feeling][2].split()}
+    akin = close.union(*(f.split() for f in FAMILIES if feeling in f.split()))
+    akin_words = {word for name in akin for word in FEELINGS[name][0].split(", ")}
+    return one_of(sorted({w for n in close for w in FEELINGS[n][1].split()})), one_of(
+        sorted(akin_words)
+    )
 
 
 def sounds_kind(prompt, answer):
@@ -382,22 +406,32 @@ def sounds_kind(prompt, answer):
 def names_it(prompt, answer):
     """Tells whether a whole sentence of the answer names the trouble or a fitting feeling.
 
-    An answer that copies the prompt, or speaks as if it had the trouble itself, does not.
+    An answer that copies the prompt, speaks as if it had the trouble itself, or names a feeling
+    that is foreign to the trouble does not.
     """
-    asked, said, topic = words_of(prompt), words_of(answer), topic_words(prompt)
-    mine = {stem(b) for a, b in zip(said, said[1:]) if a == "my"}
-    yours = {stem(b) for a, b in zip(asked, asked[1:]) if a == "my"} & topic
-    text = COMFORTS.sub(" ", answer)
-    if CONFESSES.search(text) or mine & yours or runs(said, COPIED) & runs(asked, COPIED):
+    topic, text = topic_words(prompt), COMFORTS.sub(" ", answer)
+    fitting, akin = feeling_words(feeling_of(prompt))
+    if CONFESSES.search(text) or copies(words_of(prompt), words_of(answer), topic):
+        return False
+    if not all(akin.fullmatch(found[3]) for found in YOU_FEEL.finditer(text)):
         return False
     feeling = ANY_FEELING.search(text)  # the first one counts: a list of feelings names nothing
-    fits = feeling and feeling_words(fitting_feelings(prompt)).fullmatch(feeling[0])
+    fits = feeling and fitting.fullmatch(feeling[0])
     for sentence in split_sentences(text):
         words = words_of(sentence)
         whole = len(words) >= 4 and any(word in FUNCTION for word in words)
         if whole and (topic & {*map(stem, words)} or fits and feeling[0] in sentence):
             return True
     return False
+
+
+def copies(asked, said, topic):
+    """Tells whether an answer copies the prompt, or says "my" of what is the person's."""
+    mine, yours = (
+        {stem(b) for a, b in zip(words, words[1:]) if a == "my"} & topic for words in (said, asked)
+    )
+    short, long = (runs(said, count) & runs(asked, count) for count in COPIED)
+    return bool(mine & yours or long or any({"i", "i'm", "i've", "me", "my"} & {*r} for r in short))
 
 
 def runs(words, count):

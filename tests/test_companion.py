@@ -290,6 +290,10 @@ CHEATS = {
         LUMP,
         "I'm scared of the result. Thank you so much, you are kind. How are you?",
     ),
+    "another feeling": (
+        LUMP,
+        "I'm sorry that the result makes you feel so angry. I'm here for you.",
+    ),
     "every feeling at once": (
         LUMP,
         "I'm sorry that you feel hurt, sad, scared, guilty and torn. I'm here for you.",
