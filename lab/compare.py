@@ -237,7 +237,8 @@ def result_parts(found, runs):
         table.insert(1, "run", letter)
         tables.append(table)
         if critic := result.get("critic"):
-            told.append(f"the reward model of {letter} about {critic['accuracy']:.1%} of its pairs")
+            accuracy = f"{critic['accuracy']:.1%}"
+            told.append(f"the reward model of {letter} is right about {accuracy} of its pairs")
         made_from = record.get("inputs", {})
         stale = [name for name in made_from if stale_input(name, made_from, runs[letter])]
         if stale:
