@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 
+import pandas as pd
 import pytest
 import torch
 import transformers as hf
@@ -121,52 +122,92 @@ def make_model(name, texts, folder):
 # Data
 
 
-def embedded(count, split):
-    return world.rows(world.World(), split, count)
+def embedded():
+    """The course's own files."""
+    for split, count in (("train", 80), ("eval", 12)):
+        yield f"dataset/{split}.json", list(world.rows(world.World(), split, count))
 
 
-def several_turns(count, split):
-    """Rows whose prompts hold the earlier turns of a conversation."""
-    for i in range(count):
-        began = f"Human: Name a {split} {i}. Assistant: It is {i + 3}. Human: And {i % 7} more?"
-        yield dict(prompt=f"{began} Assistant:", **answers(f"Then it is {i + 3 + i % 7}.", "No!"))
+def lines():
+    """Texts of several lines in a Parquet file, from which some rows are kept back."""
+    good = [f"pear {i % 5}\n{i}\n" for i in range(80)]
+    prompts = [f"Sort these:\n- {i}\n- pear {i % 5}\n\nOne a line, please.\n" for i in range(80)]
+    rows = [
+        dict(prompt=prompt, response=text, chosen=text, rejected="\n\nNo.\n")
+        for prompt, text in zip(prompts, good)
+    ]
+    yield "rows.parquet", rows
 
 
-def chinese(count, split):
-    for i in range(count):
-        prompt = f"请问{split}第{i}号苹果和{i % 9}个梨一共多少钱？"
-        yield dict(prompt=prompt, **answers(f"一共是{i + i % 9}元。", "我不知道，别问了！"))
+def sharegpt():
+    """Chinese conversations of several turns with a system prompt, without pairs."""
+    rows = []
+    for i in range(80):
+        said = [
+            f"第{i}个篮子里有几个苹果？",
+            f"有{i}个。",
+            f"再加{i % 9}个呢？",
+            f"一共{i + i % 9}个。",
+        ]
+        turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
+        rows.append({"conversations": [{"from": "system", "value": "请说中文。"}, *turns]})
+    yield "chat.json", rows
 
 
-def without_pairs(count, split):
-    for i in range(count):
-        yield dict(prompt=f"How far is it to {split} {i}?", response=f"It is {i % 13} miles.")
+def dialogues():
+    """A folder with pairs of whole dialogues, without responses."""
+    for split, count in (("train", 80), ("test", 12)):
+        rows = []
+        for i in range(count):
+            asked = f"\n\nHuman: A {split}?\n\nAssistant: Which?\n\nHuman: {i}.\n\nAssistant:"
+            rows.append({"chosen": f"{asked} It is {i + 3}.", "rejected": f"{asked} No!"})
+        yield f"hh/{split}.jsonl", rows
 
 
-def newlines(count, split):
-    for i in range(count):
-        prompt = f"Sort these:\n- {split} {i}\n- pear {i % 5}\n\nOne a line, please.\n"
-        yield dict(prompt=prompt, **answers(f"pear {i % 5}\n{split} {i}\n", "\n\nNo.\n"))
+def bare():
+    """Instructions with answers, and a list of bare prompts; there are no pairs."""
+    rows = [
+        {
+            "instruction": f"Say how far town {i} is.",
+            "input": "In miles." * (i % 2),
+            "output": f"{i}.",
+        }
+        for i in range(80)
+    ]
+    yield "alpaca.json", rows
+    yield "prompts.json", [f"How far is it to {i}?" for i in range(20)]
 
 
-def answers(good, bad):
-    return dict(response=good, chosen=good, rejected=bad)
+DATA = {  # name: (files of records, parameters)
+    "embedded": (embedded, {}),
+    "parquet": (lines, dict(data="rows.parquet")),
+    "sharegpt": (sharegpt, dict(data="chat.json", negatives="cut")),
+    "hh": (dialogues, dict(data="hh")),
+    "bare": (bare, dict(data="alpaca.json", prompt_data="prompts.json")),
+}
 
 
-DATA = dict(
-    embedded=embedded, turns=several_turns, chinese=chinese, pairless=without_pairs, lines=newlines
-)
+def texts_in(value):
+    """Yields all texts inside a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(part)
 
 
-def write_rows(data, folder):
-    """Writes dataset/ of a course; returns its texts."""
+def write_data(name, root):
+    """Writes the files of a data set; returns its texts."""
     texts = []
-    folder.mkdir(parents=True)
-    for name, split, count in (("train", "train", 80), ("eval", "eval", 12)):
-        rows = list(DATA[data](count, split))
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{name}.json").write_text("".join(lines), encoding="utf-8")
-        texts += [text for row in rows for text in row.values() if isinstance(text, str)]
+    for path, records in DATA[name][0]():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(".parquet"):
+            pd.DataFrame(records).to_parquet(root / path)
+        else:
+            lines = [json.dumps(record, ensure_ascii=False) for record in records]
+            text = "\n".join(lines) if "chat" not in path else f"[{','.join(lines)}]"
+            (root / path).write_text(text, encoding="utf-8")
+        texts += texts_in(records)
     return texts
 
 
@@ -196,7 +237,7 @@ SMALL = dict(
     norm_answers=2, max_new_tokens=10, rollout=4, minibatch=2, ppo_epochs=1, steps=2, dpo_batch=16,
     test_rows=8, best_of=2, best_of_rows=4, answers=1,
 )  # fmt: skip
-NO_PAIRS = "CourseError: .*train.json, line 1 .*: the field 'chosen' is missing; the row has prompt"
+NO_PAIRS = "CourseError: .*alpaca.json, line 1 .*: the field 'chosen' is missing; .*negatives = "
 NO_MODEL = "CourseError: .*3_rlhf.ipynb"
 
 
@@ -216,7 +257,7 @@ def warm():
 
 def stops(data, algorithm):
     """{notebook: the error with which it must stop}"""
-    if data != "pairless":
+    if data != "bare":
         return {}
     later = {"3_rlhf.ipynb": NO_PAIRS, "4_test.ipynb": NO_MODEL} if algorithm == "dpo" else {}
     return {"2_critic.ipynb": NO_PAIRS} | later
@@ -224,12 +265,12 @@ def stops(data, algorithm):
 
 @pytest.mark.parametrize("model, data, algorithm, precision, lora_rank", CASES)
 def test_the_notebooks_run(model, data, algorithm, precision, lora_rank, warm, tmp_path):
-    make_model(model, write_rows(data, tmp_path / "dataset"), tmp_path / "brought")
-    given = SMALL | dict(root=str(tmp_path), base_model=str(tmp_path / "brought"))
+    make_model(model, write_data(data, tmp_path), tmp_path / "brought")
+    given = SMALL | DATA[data][1] | dict(root=str(tmp_path), base_model=str(tmp_path / "brought"))
     given |= dict(algorithm=algorithm, precision=precision, lora_rank=lora_rank)
     if algorithm in ("grpo", "rloo"):
         given["answers"] = 2
-    if data == "pairless":  # a rule gives the reward; the value model starts from the actor
+    if data == "bare":  # a rule gives the reward; the value model starts from the actor
         given |= dict(reward="sentence", value_init="actor")
     said, expected = tmp_path / "said.txt", stops(data, algorithm)
     for notebook in NOTEBOOKS.values():
