@@ -67,7 +67,7 @@ FEELINGS = dict(row.split(" | ", 1) for row in FEELINGS.strip().splitlines())
 FEELINGS = {name: tuple(row.split(" | ")) for name, row in FEELINGS.items()}
 FAMILIES = [  # a feeling of another family is not the feeling of this trouble
     "sad grief lonely hurt disappointed lost insecure",
-    "worried scared stressed tired torn lost insecure",
+    "worried scared stressed tired torn lost insecure jealous",
     "ashamed guilty insecure hurt",
     "angry jealous hurt disappointed stressed",
 ]
