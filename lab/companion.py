@@ -288,14 +288,14 @@ def draft(row, flaw, rng):
     elif flaw == "never asks":
         parts = name + warm
     elif flaw == "long":
-        parts = name + warm + say("advice." + topic, 2) + say("self", 2) + say("name") + ask
+        parts = name + warm + say("advice." + topic, 2) + say("self") + ask
     else:
         parts = rng.choice([name + ask, name + warm + ask, say("warm." + feeling) + ask])
     words = " ".join(parts).split()
     if flaw == "breaks off":
         words = words[: rng.randint(6, len(words) - 2)]
         words[-1] = words[-1].rstrip(".,:;?!")
-    low, high = {"none": (12, 40), "long": (60, 80)}.get(flaw, (5, 45))
+    low, high = {"none": (12, 40), "long": (46, 70)}.get(flaw, (5, 45))
     return " ".join(words) if low <= len(words) <= high else ""
 
 
