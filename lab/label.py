@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from lab import CourseError
-from lab.chat import printable
 from lab.data import Problem, parsed, problem_of, turns
 from lab.errors import explained
 from lab.rewards import SHIPPED, ask, named
@@ -233,6 +232,8 @@ def simulate(cfg, pairs, person, count=40, noise=0.0):
 
 def ask_in_terminal(session):
     """Asks pair after pair. End of input, q or Ctrl-C ends it; every answer is saved at once."""
+    from lab.chat import printable
+
     print("Which answer is better? Type a letter and Enter:")
     print("l: left  r: right  t: tie  s: skip  u: undo  q: quit")
     try:
