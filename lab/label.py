@@ -306,7 +306,8 @@ class Panel:
         self.keys = w.Text(placeholder="or type l r t s u here", layout=w.Layout(width="13em"))
         self.keys.observe(self.typed, "value")
         left, right, *rest = self.buttons.values()
-        half = w.Layout(flex="1 1 18em", min_width="0", margin="4px")
+        half = {"flex": "1 1 18em", "min_width": "0", "margin": "4px"}
+        half = w.Layout(**half, justify_content="space-between")  # both buttons in one line
         sides = [w.VBox(side, layout=half) for side in ((self.left, left), (self.right, right))]
         lower = w.HBox([*rest, self.keys], layout=wraps)
         self.box = w.VBox([self.status, self.prompt, w.HBox(sides, layout=wraps), lower])
