@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from lab import CourseError
-from lab.chat import printable
 from lab.data import Problem, parsed, problem_of, turns
 from lab.errors import explained
 from lab.rewards import SHIPPED, ask, named
@@ -233,6 +232,8 @@ def simulate(cfg, pairs, person, count=40, noise=0.0):
 
 def ask_in_terminal(session):
     """Asks pair after pair. End of input, q or Ctrl-C ends it; every answer is saved at once."""
+    from lab.chat import printable
+
     print("Which answer is better? Type a letter and Enter:")
     print("l: left  r: right  t: tie  s: skip  u: undo  q: quit")
     try:
@@ -305,7 +306,8 @@ class Panel:
         self.keys = w.Text(placeholder="or type l r t s u here", layout=w.Layout(width="13em"))
         self.keys.observe(self.typed, "value")
         left, right, *rest = self.buttons.values()
-        half = w.Layout(flex="1 1 18em", min_width="0", margin="4px")
+        half = {"flex": "1 1 18em", "min_width": "0", "margin": "4px"}
+        half = w.Layout(**half, justify_content="space-between")  # both buttons in one line
         sides = [w.VBox(side, layout=half) for side in ((self.left, left), (self.right, right))]
         lower = w.HBox([*rest, self.keys], layout=wraps)
         self.box = w.VBox([self.status, self.prompt, w.HBox(sides, layout=wraps), lower])
