@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -32,7 +33,7 @@ MEASURED = {  # metric: (title, unit) of all stages
     "zero_deviation": ("Groups that teach nothing", "share of groups"),
     "policy_loss": ("Policy loss", ""),
     "value_loss": ("Value loss", "half the squared error"),
-    "approx_kl": ("KL to the policy before the update", "nats per token"),
+    "approx_kl": ("KL of the update", "nats per token"),
     "value_clip_fraction": ("Values clipped", "share of tokens"),
     "kl_coef": ("kl_coef", ""),
     "kl_in_loss": ("KL in the loss", "nats per token"),
@@ -213,7 +214,7 @@ def picture(name, lines):
     every = np.concatenate([np.asarray(line[name], float) for line in lines.values()])
     if "log" in scale and every.min() > 0:
         report.log_axis(ax, every)
-    ax.set(title=title, xlabel="step", ylabel=unit)
+    ax.set(title=title, xlabel="step", ylabel=fill(unit, 22))
     figure.set_label(f"{title}: {', '.join(told)}.")
     text = report.svg(figure)
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])  # ids of a page are unique

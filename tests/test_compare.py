@@ -111,7 +111,7 @@ def test_a_curve_for_each_metric_that_changes(runs):
     assert titles == ["Loss", "Reward", "own metric"]
     assert pictures[1] == "Reward: A from 0 to 0.5, B from 0 to 250."
     text = (runs / "page.html").read_text(encoding="utf-8")
-    assert "standard deviations above" in text, "the unit of the reward"
+    assert "standard deviations" in text, "the unit of the reward"
     assert {"#0072b2", "#d55e00"} <= set(re.findall("#[0-9a-f]{6}", text))
 
 
