@@ -25,16 +25,8 @@ NUL = "the text contains NUL characters", ": remove them, or save the file as UT
 # Sources
 
 
-class Source(NamedTuple):
-    """Where rows come from: the parts "train" and perhaps "eval".
-
-    A part is a list of files, or a function without arguments that returns the records.
-    """
-
-    name: str
-    parts: dict
-
-
+# A source has the part "train" and perhaps the part "eval". A part is a list of files, or a
+# function without arguments that returns the records.
 EVALS = ("eval", "test", "validation", "valid", "dev")  # names of parts for evaluation
 SPLIT = re.compile(rf"(?<![a-z])(train|{'|'.join(EVALS)})(?![a-z])")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
@@ -42,10 +34,11 @@ TEXTS = (".json", ".jsonl", ".txt")
 INSIDE = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
-def find_source(text, root=".", seed=0):
-    """Returns the Source of a file, a folder, a name in lab/formats.py, or a name on the hub.
+def parts_of(text, root=".", seed=0):
+    """Returns {"train": a part, "eval": perhaps a part} of a source.
 
-    A name may end in ":split". Paths start at `root`, or else at the current folder.
+    A source is a file, a folder, a name in lab/formats.py or a name on the hub, perhaps with
+    ":split" behind it. Paths start at `root`, or else at the current folder.
     """
     known = SOURCES.get(text, text)
     parted = re.fullmatch(r"(.+?):([\w.-]+(?:\[.*\])?)", known)  # the split may be train[:1000]
@@ -53,14 +46,14 @@ def find_source(text, root=".", seed=0):
     for path, part in ((known, ""), (name, split)):
         for place in (Path(root) / path, Path(path).expanduser()):
             if path and place.is_dir():
-                return Source(text, folder_parts(place, part))
+                return folder_parts(place, part)
             if path and place.exists():
-                return Source(text, {"train": [place]})
+                return {"train": [place]}
     if split and re.fullmatch(r"[\w.]+", name) and is_module(name):
-        return Source(text, function_parts(name, split, seed))
-    if known[0] in "./~\\" or known.removesuffix(".gz").endswith((*TABLES, *TEXTS)):
+        return function_parts(name, split, seed)
+    if known[0] in "./~\\" or known.lower().removesuffix(".gz").endswith((*TABLES, *TEXTS)):
         raise CourseError(f"{text} does not exist: name a file, a folder or a data set on the hub.")
-    return Source(text, hub_parts(text, name, split))
+    return hub_parts(text, name, split)
 
 
 def is_module(name):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lab import CourseError, world
-from lab.data import Source, check_no_overlap, find_source, read_table, reading, repeated, sort_out
+from lab.data import check_no_overlap, parts_of, read_table, reading, repeated, sort_out
 from lab.rewards import named
 from lab.runs import digest, stamp
 from lab.tokens import encoder
@@ -96,7 +96,7 @@ def all_eval_rows(cfg, say=None):
     tables = [eval_table(cfg, text) for text in texts]
     rows = [row for table in tables if table for row in table.rows]
     trained = [training_table(cfg, text) for text in training_sources(cfg) if readable(cfg, text)]
-    if texts == [""] and "eval" in open_source(cfg, "").parts:
+    if texts == [""] and "eval" in parts_for(cfg, ""):
         for table in trained:
             check_no_overlap(table.rows, rows, "eval.json")
     else:
@@ -162,15 +162,15 @@ def document(row):
 # Sources
 
 
-def open_source(cfg, text):
-    """Returns the Source that a parameter names; "" is train.json and eval.json in dataset/."""
+def parts_for(cfg, text):
+    """Returns the parts of a source; "" stands for train.json and eval.json in dataset/."""
     if text:
-        return find_source(text, cfg.root, cfg.seed)
+        return parts_of(text, cfg.root, cfg.seed)
     folder = Path(cfg.root) / "dataset"
     parts = {"train": [folder / "train.json"], "eval": [folder / "eval.json"]}
     if not parts["eval"][0].exists() and readable(cfg, "") and not embedded(cfg, ""):
         parts.pop("eval")  # rows of your own: some of them are kept back
-    return Source("", parts)
+    return parts
 
 
 def readable(cfg, text):
@@ -203,9 +203,9 @@ def known_table(part, stamps, text, most, seed):
 
 def training_table(cfg, text):
     """Returns the Table of a source's rows for training, without those kept back."""
-    source = open_source(cfg, text)
-    table = table_of(cfg, text, source.parts["train"])
-    if cfg.eval_data or "eval" in source.parts:
+    parts = parts_for(cfg, text)
+    table = table_of(cfg, text, parts["train"])
+    if cfg.eval_data or "eval" in parts:
         return table
     table = table.without(kept_back(cfg, table))
     if not table.rows:
@@ -215,10 +215,10 @@ def training_table(cfg, text):
 
 def eval_table(cfg, text):
     """Returns the Table of a source's rows for evaluation; None if it has none."""
-    source = open_source(cfg, text)
-    if "eval" in source.parts or cfg.eval_data:
-        return table_of(cfg, text, source.parts.get("eval", source.parts["train"]))
-    table = table_of(cfg, text, source.parts["train"])
+    parts = parts_for(cfg, text)
+    if "eval" in parts or cfg.eval_data:
+        return table_of(cfg, text, parts.get("eval", parts["train"]))
+    table = table_of(cfg, text, parts["train"])
     back = kept_back(cfg, table)
     return table.without({row["prompt"] for row in table.rows} - back) if back else None
 
@@ -251,7 +251,7 @@ def data_digests(cfg, stage):
     both = [source_of(cfg, share) for share in ("preference", "prompt")]
     wanted, found = "eval" if stage == "report" else "train", {}
     for text in dict.fromkeys(texts.get(stage, both)):
-        parts = open_source(cfg, text).parts
+        parts = parts_for(cfg, text)
         part = parts.get(wanted, parts["train"])
         if callable(part):
             rows = json.dumps(table_of(cfg, text, part).rows, sort_keys=True)
@@ -275,15 +275,15 @@ def overview(cfg, tokenizer=None):
 
 
 def facts(cfg, text, tokenizer):
-    table, evals = training_table(cfg, text), eval_table(cfg, text)
-    back = 0 if evals is None else len(evals.rows)
+    table = training_table(cfg, text)
+    evals = None if cfg.eval_data else eval_table(cfg, text)
     counts = Counter(problem.what for _, problem in table.dropped)
     shapes = [f"{shape}: {count}" for shape, count in table.shapes.items()]
     found = {
         "source": text or "dataset/",
         "recognised as": ", ".join(shapes),
         "rows for training": len(table.rows),
-        "rows for evaluation": back,
+        "rows for evaluation": len(evals.rows) if evals else 0,
         "dropped": sum(counts.values()),
         "why": "; ".join(f"{what}: {count}" for what, count in counts.items()) or "-",
         "copies": repeated(table.rows),

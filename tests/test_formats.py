@@ -187,7 +187,7 @@ def write_file(path, records=QA):
 
 
 def rows_of(text, root=".", part="train"):
-    part = data.find_source(str(text), root).parts[part]
+    part = data.parts_of(str(text), root)[part]
     return data.read_table(part, str(text)).rows
 
 
@@ -214,7 +214,7 @@ def test_a_path_starts_at_root_or_at_the_current_folder(tmp_path, monkeypatch):
 def test_csv_of_a_spreadsheet(tmp_path):
     text = '\ufeffquestion;answer;note\n"a; b";yes;\nc;;x\nd;no;\n'
     (tmp_path / "sheet.csv").write_text(text, encoding="utf-8")
-    found = data.find_source("sheet.csv", tmp_path).parts["train"]
+    found = data.parts_of("sheet.csv", tmp_path)["train"]
     table = data.read_table(found, "")
     assert [row["prompt"] for row in table.rows] == [
         f"Human: {q} Assistant:" for q in ("a; b", "c", "d")
@@ -250,7 +250,7 @@ def test_a_folder_that_datasets_saved(tmp_path):
     both["train"].save_to_disk(tmp_path / "one")
     assert rows_of("both", tmp_path) == rows_of("one", tmp_path) == QA_ROWS[:9]
     assert rows_of("both", tmp_path, "eval") == rows_of("both:test", tmp_path) == QA_ROWS[9:]
-    assert "eval" not in data.find_source("one", tmp_path).parts
+    assert "eval" not in data.parts_of("one", tmp_path)
     with pytest.raises(CourseError, match="no split 'dev'; it has: train, test"):
         rows_of("both:dev", tmp_path)
 
@@ -272,7 +272,7 @@ def test_files_without_a_split_in_their_names_are_all_read(tmp_path):
     write_file(tmp_path / "a.json", QA[:5])
     write_file(tmp_path / "latest.csv", QA[5:])  # "test" inside a word is no split
     assert rows_of(tmp_path) == QA_ROWS
-    assert list(data.find_source(str(tmp_path)).parts) == ["train"]
+    assert list(data.parts_of(str(tmp_path))) == ["train"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(CourseError, match="contains no data files"):
         rows_of(tmp_path / "empty")
@@ -359,7 +359,7 @@ def test_a_named_set_is_read_in_its_own_schema(name, hub):
     rows = rows_of(name)
     assert len(rows) == 6 and rows[0]["prompt"] == f"Human: {prompt} Assistant:"
     assert all(set(row) == {"prompt", *fields.split()} for row in rows)
-    assert ("eval" in data.find_source(name).parts) == (len(sets) > 1)
+    assert ("eval" in data.parts_of(name)) == (len(sets) > 1)
     assert asked == [(path, None, None)], "it is loaded once"
 
 
