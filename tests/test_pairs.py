@@ -67,11 +67,11 @@ def test_the_labeller_chooses_among_two_answers_of_the_actor(root):
 
 
 def test_noise_turns_its_share_of_the_choices_round(root):
-    cfg = config(root, labeller="test_pairs.even", labels=400)
+    cfg = config(root, labeller="test_pairs.even", labels=160)
     clean, noisy = util.preference_rows(cfg), util.preference_rows(cfg.changed(label_noise=0.25))
     assert len(clean) == len(noisy)
     turned = [a["chosen"] == b["rejected"] for a, b in zip(clean, noisy)]
-    assert 0.15 < sum(turned) / len(turned) < 0.35
+    assert 0.1 < sum(turned) / len(turned) < 0.4
     same = (a["chosen"] == b["chosen"] for a, b in zip(clean, noisy))
     assert all(a != b for a, b in zip(turned, same)), "the answers themselves stay the same"
 
