@@ -8,6 +8,7 @@ from lab import CourseError
 from lab.compare import NOT_COMPARED
 from lab.config import Config
 from lab.data import entries
+from lab.gguf import SMOLLM2
 from lab.hub import reason_of
 from lab.runs import artifact, digest, has_record, read_record
 from lab.tokens import FRAME
@@ -139,7 +140,7 @@ def base_of(root):
     if record["metrics"].get("preset") == "tiny":
         return "tiny"
     source = record["config"].get("base_model", "auto")
-    source = "facebook/opt-125m" if source == "auto" else source
+    source = {"auto": "facebook/opt-125m", "smollm2": SMOLLM2}.get(source, source)
     return source if is_name(source) and not Path(source).exists() else "a local model"
 
 
@@ -175,6 +176,8 @@ def data_of(root, stage, record, source):
     path, config = Path(root) / "dataset" / "train.json", record["config"]
     share = "preference" if config.get("algorithm") == "dpo" and stage == "rlhf" else SHARES[stage]
     used = f"This stage used the share {config.get(f'{share}_share')} of its rows."
+    if given := config.get(f"{share}_data") or config.get("data"):
+        return False, f"`{Path(given).name if Path(given).exists() else given}`. {used}"
     if config.get("reader") or not path.exists() or digest(path) != record["data"]["train.json"]:
         return False, f"`train.json` of the course that made it. {used}"
     rows = [row for _, row in entries(path)]
@@ -230,6 +233,9 @@ def scores_of(root, stage, record):
             if judge := found.get(key):
                 interval = f"{judge['low']:.3f} to {judge['high']:.3f}"
                 lines.append((f"judge's mean, {what} answers", f"{judge['mean']:.3f} ({interval})"))
+        for metric, mean in (found.get("metrics") or {}).items():
+            interval = f"{mean['low']:.3f} to {mean['high']:.3f}"
+            lines.append((f"{metric}, sampled answers", f"{mean['mean']:.3f} ({interval})"))
         units = {"reward": "reward", "kl": "KL to the actor (nats)", "length": "length (tokens)"}
         lines += [(unit, f"{found[key]:z.2f}") for key, unit in units.items() if key in found]
     rows = "\n".join(f"| {cell(what)} | {value} |" for what, value in lines)

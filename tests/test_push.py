@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import util
 from lab import __main__ as driver
+from lab import push as push_module
 from lab import world
 from lab.data import framed
 from lab.push import card_of, push
@@ -209,6 +210,15 @@ def test_it_says_which_data(course, tmp_path):
     other = card(tmp_path, "actor")
     assert "rows," not in other and "invented" not in other, "the file has changed since"
     assert ModelCard(other).data.license is None, "somebody's data may have any licence"
+
+
+def test_it_says_which_source_and_which_model(course, monkeypatch):
+    record = read_record(course, "actor")
+    record["config"] |= {"data": "belle", "sft_data": ""}
+    assert "`belle`. This stage used the share 0.4" in card_of(course, "actor", "ada/tiny", record)
+    read = {"metrics": {"preset": "colab"}, "config": {"base_model": "smollm2"}}
+    monkeypatch.setattr(push_module, "read_record", lambda *_: read)
+    assert push_module.base_of(course) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def with_report(course, root, version=None):
