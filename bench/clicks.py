@@ -31,7 +31,8 @@ def question(prompts, responses):
 
 def copied(source, folder, stages, **values):
     """The Config of a new course in `folder` with the data, and copies of some stages."""
-    shutil.copytree(ROOT / "dataset", folder / "dataset")
+    skip = shutil.ignore_patterns(label.FILE)
+    shutil.copytree(ROOT / "dataset", folder / "dataset", ignore=skip)
     for stage in stages:
         shutil.copytree(source / "model" / stage, folder / "model" / stage)
     seed = runs.read_record(folder, "actor")["config"]["seed"]
