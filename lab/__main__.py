@@ -162,7 +162,7 @@ def parser():
     )
     push.add_argument("name", metavar="NAME", help="the name on the hub, for example ada/tiny-rlhf")
     push.add_argument("stage", metavar="STAGE", choices=TRAINED, help="|".join(TRAINED))
-    push.add_argument("--yes", action="store_true", help="upload, and do not only show")
+    push.add_argument("--yes", action="store_true", help="upload them")
     push.add_argument(
         "--root", metavar="DIR", default=HOME, help="the folder of the course [the notebooks' one]"
     )
