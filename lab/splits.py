@@ -48,8 +48,8 @@ def load_rows(cfg, share, needs=("prompt",), say=None):
     try:
         fits = table.fitting(rows, dict.fromkeys(("prompt", *needs)), say)
     except CourseError as error:
-        good = not cfg.negatives and any(row.get("response") for row in rows)
-        if "rejected" not in needs or not good:
+        good = not cfg.negatives and any(good_answer(row) for row in rows)
+        if "rejected" not in needs or not good or "rename" in str(error):
             raise
         raise CourseError(
             f"{error} The rows have good answers: negatives = 'other', 'cut' or 'base' makes bad "
@@ -81,7 +81,7 @@ def training_sources(cfg):
     return list(dict.fromkeys(source_of(cfg, share) for share in ("sft", "preference", "prompt")))
 
 
-def load_eval_rows(cfg, say=None):
+def load_eval_rows(cfg, say=print):
     """Returns the rows of 4_test, at most cfg.test_rows. No prompt of theirs is in the training."""
     return all_eval_rows(cfg, say)[: cfg.test_rows]
 
@@ -93,8 +93,10 @@ def all_eval_rows(cfg, say=None):
     else those that are kept back from training.
     """
     texts = [cfg.eval_data] if cfg.eval_data else training_sources(cfg)
-    tables = [eval_table(cfg, text) for text in texts]
-    rows = [row for table in tables if table for row in table.rows]
+    tables = [table for text in texts if (table := eval_table(cfg, text))]
+    for table in tables:
+        sort_out(table.name, table.count, table.dropped, say)
+    rows = [row for table in tables for row in table.rows]
     trained = [training_table(cfg, text) for text in training_sources(cfg) if readable(cfg, text)]
     if texts == [""] and "eval" in parts_for(cfg, ""):
         for table in trained:
@@ -149,7 +151,8 @@ def load_documents(cfg, say=None):
 def document(row):
     """Returns a row as (question, answer) without the dialogue frame. Plain text has no answer:
     its second half takes the place of one."""
-    question, answer = row["prompt"], row.get("response") or row.get("chosen") or ""
+    question = row["prompt"]
+    answer = text_in(row, "response") or text_in(row, "chosen")
     if question.count("Human:") == 1:
         question = question.removeprefix("Human: ").removesuffix(" Assistant:")
     if answer:
@@ -289,7 +292,7 @@ def facts(cfg, text, tokenizer):
         "copies": repeated(table.rows),
     }
     for name in ("response", "chosen", "rejected"):
-        found[f"rows with {name}"] = sum(bool(row.get(name)) for row in table.rows)
+        found[f"rows with {name}"] = len(texts_of(table.rows, name))
     unit = "tokens" if tokenizer else "characters"
     for name, limit in (("prompt", cfg.max_prompt), ("answer", cfg.max_new_tokens)):
         lengths = sorted(lengths_of(table.rows, name, tokenizer))
@@ -307,7 +310,7 @@ def facts(cfg, text, tokenizer):
 def lengths_of(rows, name, tokenizer, most=5_000):
     """Returns the lengths of the prompts, or of all answers, of the first `most` rows."""
     fields = ("prompt",) if name == "prompt" else ("response", "chosen", "rejected")
-    texts = [row[field] for row in rows[:most] for field in fields if row.get(field)]
+    texts = [text for field in fields for text in texts_of(rows[:most], field)]
     if tokenizer is None:
         return map(len, texts)
     encode = encoder(tokenizer)
@@ -321,8 +324,8 @@ def as_read(cfg, tokenizer=None, count=5):
     for row in training_table(cfg, training_sources(cfg)[0]).rows[:count]:
         line = {}
         for name in ("prompt", "response", "chosen", "rejected"):
-            if row.get(name):
-                line[name] = with_cut(cfg, row[name], name, tokenizer)
+            if text := text_in(row, name):
+                line[name] = with_cut(cfg, text, name, tokenizer)
         shown.append(line)
     return shown
 
@@ -360,7 +363,7 @@ def with_negatives(cfg, rows, say=None):
     """
     if cfg.negatives in ("", "base"):
         return rows
-    good = {i: good_answer(row) for i, row in enumerate(rows) if not row.get("rejected")}
+    good = {i: good_answer(row) for i, row in enumerate(rows) if not text_in(row, "rejected")}
     good = {i: text for i, text in good.items() if text}
     rng = random.Random(f"{cfg.seed} negatives")
     bad = NEGATIVES[cfg.negatives](good, rows, rng)
@@ -372,8 +375,18 @@ def with_negatives(cfg, rows, say=None):
 
 def good_answer(row):
     """Returns the answer of a row without a pair, or None."""
-    answers = [row.get(name) for name in ("chosen", "response")]
-    return next((text for text in answers if isinstance(text, str) and text.strip()), None)
+    return text_in(row, "chosen") or text_in(row, "response")
+
+
+def text_in(row, name):
+    """Returns the text of a field; None if there is no text in it."""
+    text = row.get(name)
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def texts_of(rows, name):
+    """Returns the texts of a field of those rows that have one."""
+    return list(filter(None, (text_in(row, name) for row in rows)))
 
 
 def other_answers(good, rows, rng):

@@ -443,8 +443,7 @@ def test_three_files_are_read_whole(tmp_path):
     cfg = config(tmp_path, eval_data=evals.name, **names)
     assert [len(rows) for rows in stages(cfg)] == [50, 50, 50]
     said = []
-    assert len(util.load_eval_rows(cfg)) == 9
-    splits.all_eval_rows(cfg, said.append)
+    assert len(util.load_eval_rows(cfg, said.append)) == 9
     assert said == ["3 evaluation rows have prompts of the training: left out."]
     kept = config(tmp_path, **names)
     sizes = [len(rows) for rows in stages(kept)]
@@ -623,6 +622,15 @@ def test_data_writes_the_course_files(tmp_path, capsys, monkeypatch):
     assert len(evals) + len(train) == 50 and not prompts(evals) & prompts(train)
     named = config(tmp_path, data="qa.csv")
     assert prompts(util.load_eval_rows(named)) == prompts(evals)
+
+
+def test_data_with_fields_that_are_no_texts_is_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(driver, "HOME", tmp_path)
+    row = {"prompt": "Hi", "response": 5, "chosen": ["a"], "rejected": None}
+    write_file(tmp_path / "own.json", [*(row | {"prompt": f"{i}"} for i in range(2)), *many(9)])
+    status, said = run(capsys, "own.json")
+    assert status == 0 and "an answer has no message" not in said
+    assert splits.load_documents(config(tmp_path, data="own.json", pretrain_documents=20))
 
 
 def test_data_that_cannot_be_read_is_one_sentence(tmp_path, capsys, monkeypatch):
