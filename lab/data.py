@@ -175,11 +175,11 @@ def table_records(path, kind):
         if kind.endswith(".parquet"):
             import pyarrow.parquet
 
-            return without_nulls(pyarrow.parquet.read_table(path).to_pylist())
+            return pyarrow.parquet.read_table(path).to_pylist()
         if kind.endswith(".arrow"):
             import datasets
 
-            return without_nulls(datasets.Dataset.from_file(str(path)).to_list())
+            return datasets.Dataset.from_file(str(path)).to_list()
         import pandas as pd
 
         with text_file(path) as file:
@@ -187,17 +187,12 @@ def table_records(path, kind):
         mark = max("\t,;" if kind.endswith(".tsv") else ",;\t", key=head.count)
         how = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=mark)
         cells = pd.read_csv(path, **how).to_dict("records")
-        return [{name: text for name, text in row.items() if text != ""} for row in cells]
+        return [{name: text or None for name, text in row.items()} for row in cells]
     except OSError:
         raise
     except Exception as error:  # pandas and pyarrow raise many types
         hint = ": save the file as UTF-8." if isinstance(error, UnicodeDecodeError) else "."
         raise CourseError(f"{path} cannot be read ({reason_of(error)}){hint}") from None
-
-
-def without_nulls(records):
-    """Removes the fields that a table has and a record lacks."""
-    return [{name: v for name, v in record.items() if v is not None} for record in records]
 
 
 def paragraphs(path):
@@ -295,7 +290,7 @@ def read_table(part, name, reader=None, most=0, seed=0):
         records = part()
         chosen = sample(len(records), most, seed)
         if hasattr(records, "select"):  # a data set of the hub's library
-            records = without_nulls(records.select(chosen).to_list())
+            records = records.select(chosen).to_list()
         else:
             records = [records[i] for i in chosen]
         return recognised(name, [(f"row {i + 1}", row) for i, row in zip(chosen, records)])
@@ -325,6 +320,8 @@ def recognised(name, found):
         raise CourseError(first_of(name, damaged))
     for place, record in found:
         shape, row = as_row(record)
+        if isinstance(row, dict):  # null means that a field is not there
+            row = {field: value for field, value in row.items() if value is not None}
         problem = row if isinstance(row, Problem) else problem_of(row, ("prompt",))
         if problem:
             table.dropped.append((place, problem._replace(absent=False)))
@@ -397,7 +394,7 @@ def problem_of(row, needs):
             return Problem(f"the field {name!r} is missing", hint, absent=True)
         if not isinstance(row[name], str):
             what = f"the field {name!r} must be a text"
-            return Problem(what, ': write it as "...".', absent=row[name] is None)
+            return Problem(what, ': write it as "...".')
         if not row[name].strip():
             return Problem(f"the field {name!r} is empty", ": fill it in, or remove such rows.")
     if {"chosen", "rejected"} <= {*needs} and row["chosen"].strip() == row["rejected"].strip():

@@ -193,15 +193,19 @@ def as_row(record):
         return BARE, {"prompt": record}
     if not isinstance(record, dict):
         return None, record
-    there = {name for name, value in record.items() if value is not None}
-    for shape, (fields, recipe) in SHAPES.items():
-        if there.issuperset(fields.split()):
-            try:
-                row = recipe(record) if callable(recipe) else filled(recipe, record)
-            except Defect as defect:
-                return shape, Problem(str(defect), ": correct it, or remove such rows.")
-            if row is not None:
-                return shape, row
+    filled_in = {name for name, value in record.items() if value is not None}
+    fitting = [shape for shape, (fields, _) in SHAPES.items() if filled_in >= {*fields.split()}]
+    fitting += [
+        shape for shape, (fields, _) in SHAPES.items() if record.keys() >= {*fields.split()}
+    ]
+    for shape in fitting:
+        recipe = SHAPES[shape][1]
+        try:
+            row = recipe(record) if callable(recipe) else filled(recipe, record)
+        except Defect as defect:
+            return shape, Problem(str(defect), ": correct it, or remove such rows.")
+        if row is not None:
+            return shape, row
     return None, record
 
 

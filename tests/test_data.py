@@ -247,11 +247,11 @@ def test_few_bad_rows_are_left_out_and_many_are_refused(tmp_path, change, words)
 
 
 def test_rows_without_a_field_serve_where_it_is_not_needed(tmp_path):
-    bare = [{"prompt": GOOD["prompt"], "n": i} for i in range(9)] + [GOOD | {"chosen": None}]
-    path, said = stored(tmp_path, json.dumps([*bare, GOOD])), []
-    assert read_rows(path) == [*bare, GOOD]
+    bare = [{"prompt": GOOD["prompt"], "n": i} for i in range(9)]
+    path, said = stored(tmp_path, json.dumps([*bare, bare[0] | {"chosen": None}, GOOD])), []
+    assert read_rows(path) == [*bare, bare[0], GOOD], "null means that a field is not there"
     assert read_rows(path, PAIR, say=said.append) == [GOOD], "ten rows have no pair: no defect"
-    assert "9: the field 'chosen' is missing (first: row 1); 1: the field" in said[0]
+    assert "10: the field 'chosen' is missing (first: row 1)." in said[0]
     alone = stored(tmp_path, json.dumps(bare))
     assert refusal(alone, PAIR).startswith("row 1 (the first of 9): the field 'chosen' is missing")
 

@@ -131,6 +131,7 @@ def test_a_dialogue_comes_back_from_its_prompt():
         ({"messages": as_messages("Hi", "a")[1:]}, "a conversation has no question"),
         ({"chosen": HUMAN + "Hi", "rejected": HUMAN + "Hi"}, "chosen and rejected are equal"),
         ({"chosen": HUMAN + "A", "rejected": HUMAN + "B"}, "have no common question"),
+        ({"Context": "Hi", "Response": None}, "the field 'response' is empty"),
         (7, "a row must be an object"),
         ({"title": "x"}, "the field 'prompt' is missing"),
     ],
@@ -140,12 +141,13 @@ def test_a_record_with_a_defect_is_left_out_and_counted(record, what, tmp_path):
     good = [{"question": f"{i}?", "answer": "a"} for i in range(4)]
     path, said = tmp_path / "rows.json", []
     path.write_text(json.dumps([*good, record, *good, record]))
-    assert len(data.read_rows(path, say=said.append)) == 8
+    needs = ("prompt", "response") if "response" in what else ("prompt",)
+    assert len(data.read_rows(path, needs, say=said.append)) == 8
     assert said[0].startswith(f"2 of 10 rows of {path} are left out. 2: ") and len(said) == 1
     assert what in said[0] and "(first: row 5)" in said[0]
     path.write_text(json.dumps([*good[:1], record, record]))
     with pytest.raises(CourseError, match=r"row 2 \(the first of 2\): .*" + what[:20]):
-        data.read_rows(path)
+        data.read_rows(path, needs)
 
 
 def test_a_few_empty_answers_stop_nobody(tmp_path):
