@@ -42,6 +42,8 @@ ALGORITHMS = {
     "grpo": dict(answers=4, loss_mean="answer"),
     "rloo": dict(answers=4),
 }
+# The later notebooks take these parameters over from 0_download.
+DATA = "data sft_data preference_data prompt_data eval_data eval_share max_rows reader".split()
 MODEL = r"(?<![\w.])model(?![\w.])"  # the name of the reward model in a sum of rewards
 ONE_OF = {
     "precision": ("float32", "bf16", "fp16", "auto"),
@@ -309,14 +311,19 @@ class Config(Settings):
 
     @classmethod
     def of(cls, preset="auto", root=".", **values):
-        """Returns the Config of a notebook. Preset `auto` suits the base model of 0_download."""
-        if preset == "auto" and has_record(root, "base"):
+        """Returns the Config of a notebook. What you leave open follows 0_download: the preset
+        suits its base model, and the data are those that it showed."""
+        if has_record(root, "base"):
             record = read_record(root, "base")
-            given = record["config"].get("preset")
-            preset = record["metrics"].get("preset") if given == "auto" else given
-            if preset not in cls.presets:
-                base = Path(root) / "model" / "base" / "stage.json"
-                raise CourseError(f"{base} cannot be read: run 0_download.ipynb again.")
+            if preset in ("auto", None):
+                given = record["config"].get("preset")
+                preset = record["metrics"].get("preset") if given == "auto" else given
+                if preset not in cls.presets:
+                    base = Path(root) / "model" / "base" / "stage.json"
+                    raise CourseError(f"{base} cannot be read: run 0_download.ipynb again.")
+            for name in DATA:
+                if values.get(name) is None and name in record["config"]:
+                    values[name] = record["config"][name]
         return cls(preset, root=root, **values)
 
     def check(self):

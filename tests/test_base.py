@@ -81,3 +81,15 @@ def test_texts_longer_than_the_model_can_read_are_refused_in_numbers(ready, root
     with pytest.raises(CourseError, match="= 136, but .* reads at most 128 tokens"):
         list(util.train_base(util.Config("smoke", root=str(root), **wanted)))
     assert not (root / "model" / "base").exists()
+
+
+def test_the_other_notebooks_take_the_data_over_from_0_download(tmp_path):
+    record = dict(stage="base", id="", files={}, inputs={}, metrics={"preset": "tiny"})
+    record["config"] = dict(preset="auto", data="mine.csv", eval_share=0.2, kl_coef=9.0)
+    (tmp_path / "model" / "base").mkdir(parents=True)
+    (tmp_path / "model" / "base" / "stage.json").write_text(json.dumps(record))
+    cfg = util.Config.of(root=str(tmp_path), data=None)
+    assert (cfg.data, cfg.eval_share) == ("mine.csv", 0.2)
+    assert cfg.kl_coef == util.Config("tiny").kl_coef, "nothing but the data"
+    assert util.Config.of(root=str(tmp_path), data="other.csv").data == "other.csv"
+    assert util.Config.of(root=str(tmp_path), data="").data == "", "back to dataset/"
