@@ -21,7 +21,7 @@ REAL = COLAB | dict(
     plain_text="dataset/companion/plain.txt", memory=6.0, lora_rank=16, temperature=0.7,
     max_prompt=96, max_new_tokens=64, sft_share=0.45, preference_share=0.25, prompt_share=0.3,
     validation_rows=20, actor_lr=2e-3, actor_batch=8, actor_epochs=2, critic_lr=1e-3,
-    norm_prompts=16, steps=10, minibatch=16, ppo_epochs=1, policy_lr=5e-4, value_lr=1e-3,
+    norm_prompts=16, steps=14, minibatch=16, ppo_epochs=1, policy_lr=5e-4, value_lr=1e-3,
     kl_coef=0.05, test_rows=96, best_of_rows=32, dpo_lr=1e-4,
 )  # fmt: skip
 PRESETS = {
