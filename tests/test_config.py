@@ -133,6 +133,12 @@ def pairs(place, values):
     return util.preference_rows(config(root, values), print)
 
 
+def preferred(place, values):
+    """The pairs to learn from."""
+    place.patch.chdir(place.folder)
+    return util.preference_rows(config(place.finished, dict(labels=16) | values))
+
+
 def other_root(place, values):
     """The rows of another folder, which has no rows."""
     return util.load_rows(util.Config("smoke", **({"root": str(place.finished)} | values)), "sft")
@@ -268,6 +274,7 @@ def of(function):
 
 BASE, ACTOR, CRITIC, RLHF = map(run, ("base", "actor", "critic", "rlhf"))
 ADAPTERS, TARGET = dict(lora_rank=2), dict(kl_target=0.5)
+LABELLED = dict(labeller="own_functions.count")
 DPO, GRPO = dict(algorithm="dpo"), dict(algorithm="grpo")
 NOBODY = dict(base_model="nobody/nothing")
 RISING = dict(steps=3, policy_lr=1e-2, kl_estimator="k3")  # KL > 0 after an update
@@ -330,6 +337,9 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "critic_lr": (1e-4, CRITIC, {}),
     "critic_batch": (12, CRITIC, {}),
     "critic_epochs": (2, CRITIC, {}),
+    "labeller": ("own_functions.count", preferred, {}),
+    "labels": (6, preferred, LABELLED),
+    "label_noise": (0.9, preferred, LABELLED),
     "score_penalty": (1.0, CRITIC, {}),
     "ensemble": (1, CRITIC, {}),
     "norm_prompts": (3, CRITIC, {}),
