@@ -423,7 +423,7 @@ def test_a_text_cannot_command_the_terminal(terminal, monkeypatch):
 
 
 def test_a_function_compares_from_the_command_line(terminal, tmp_path, person):
-    said = terminal([], "--count", "5", "--person", person, "--noise", "0.1")
+    said = terminal([], "--count", "5", "--labeller", person, "--noise", "0.1")
     assert f"{person} has compared 5 pairs" in said and len(lines(tmp_path)) == 5
 
 
