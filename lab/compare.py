@@ -228,15 +228,15 @@ def picture(name, lines):
 
 def result_parts(found, runs):
     """Returns the results of both reports as HTML: the models in pairs, and the reward models."""
-    tables, told = [], []
+    tables, metrics, told = [], [], []
     for letter, (folder, record) in found.items():
         result = report_in(folder)
         models = dict(result["models"])
         if best := result.get("best_of"):
             models[f"best of {best['n']}"] = best
-        table = report.result_table(models).reset_index()
-        table.insert(1, "run", letter)
-        tables.append(table)
+        tables.append(of_run(letter, report.result_table(models)))
+        if report.metrics_in(models):
+            metrics.append(of_run(letter, report.metric_table(models)))
         if critic := result.get("critic"):
             accuracy = f"{critic['accuracy']:.1%}"
             told.append(f"the reward model of {letter} is right about {accuracy} of its pairs")
@@ -245,14 +245,25 @@ def result_parts(found, runs):
         if stale:
             names = ", ".join(f"model/{name}" for name in stale)
             told.append(f"the report of {letter} was made from another version of {names}")
-    table = pd.concat(tables).fillna("-")
-    order = {name: i for i, name in enumerate(dict.fromkeys(table["model"]))}
-    table = table.sort_values("model", key=lambda names: names.map(order), kind="stable")
-    parts = [report.table_html(table)]
+    parts = [report.table_html(in_pairs(one)) for one in (tables, metrics) if one]
     a, b = (record for _, record in found.values())
     if a.get("data") != b.get("data"):
         told.append("the two reports answer different questions, because eval.json differs")
     return [*parts, *(f"<p>{html.escape(text[0].upper() + text[1:])}.</p>" for text in told)]
+
+
+def of_run(letter, table):
+    table = table.reset_index()
+    table.insert(1, "run", letter)
+    return table
+
+
+def in_pairs(tables):
+    """Returns the lines of both tables, those with the same name one below the other."""
+    table = pd.concat(tables).fillna("-")
+    names = table.columns[0]
+    order = {name: i for i, name in enumerate(dict.fromkeys(table[names]))}
+    return table.sort_values(names, key=lambda column: column.map(order), kind="stable")
 
 
 def stale_input(name, made_from, run):
