@@ -469,6 +469,19 @@ def test_a_template_that_fails_on_some_dialogues_only_is_named_too(cfg, tmp_path
         lab.models.in_template(tokenizer, messages)
 
 
+def test_a_template_without_system_prompts_gets_them_in_the_first_question(cfg, tmp_path):
+    refusal = "{{ raise_exception('System role not supported') }}"
+    picky = f"{{% if messages[0]['role'] == 'system' %}}{refusal}{{% endif %}}"
+    tokenizer = util.load_tokenizer(chatty(tmp_path, picky + CHATML), cfg)
+    told = lab.models.in_template(
+        tokenizer, turns("Be kind. Human: w5 Assistant: w6 Human: w7 Assistant:")
+    )
+    same = turns("Human: Be kind.\n\nw5 Assistant: w6 Human: w7 Assistant:")
+    assert told == lab.models.in_template(tokenizer, same)
+    with pytest.raises(CourseError, match="System role not supported"):
+        lab.models.in_template(tokenizer, [{"role": "system", "content": "Be kind."}])
+
+
 @pytest.mark.parametrize("odd", [dict(temperature=0.6), dict(top_p=0.9), dict(pad_token_id=-1)])
 def test_generation_settings_that_contradict_each_other_do_not_stop_a_save(cfg, tmp_path, odd):
     kept(words(), tmp_path / "a")
