@@ -485,6 +485,8 @@ def show_data(args):
     tokenizer = util.load_tokenizer(folder, cfg) if folder else None
     for facts in util.splits.overview(cfg, tokenizer):
         print_facts(facts)
+    cut = " A model does not read what stands in [brackets]." if tokenizer else ""
+    print(f"The first rows as they are read.{cut}\n")
     for row in util.splits.as_read(cfg, tokenizer):
         print_facts(row)
     if args.out:

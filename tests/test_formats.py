@@ -603,7 +603,7 @@ def test_data_shows_what_was_recognised_and_writes_nothing(tmp_path, capsys, mon
     status, said = run(capsys, "qa.csv")
     assert status == 0 and sorted(tmp_path.rglob("*")) == before
     assert "questions and answers: 50" in said and "the field 'prompt' is empty: 1" in said
-    assert said.count("Human: ") == 5 and "characters" in said
+    assert said.count("Human: ") == 5 and "characters" in said and "[brackets]" not in said
 
 
 def test_data_counts_tokens_and_shows_what_is_cut(tmp_path, capsys, monkeypatch, tokenizer):
@@ -612,7 +612,7 @@ def test_data_counts_tokens_and_shows_what_is_cut(tmp_path, capsys, monkeypatch,
     write_file(tmp_path / "qa.json", [{"question": "long " * 50, "answer": "word " * 50}])
     status, said = run(capsys, "qa.json", "--set", "max_prompt=20", "--set", "eval_share=0")
     assert status == 0 and "tokens" in said and "over 20 tokens, which are cut" in said
-    assert "[Human: long" in said and "word]" in said
+    assert "[Human: long" in said and "word]" in said and "[brackets]" in said
 
 
 def test_data_writes_the_course_files(tmp_path, capsys, monkeypatch):
