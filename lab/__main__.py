@@ -58,6 +58,19 @@ class Parser(argparse.ArgumentParser):
 def parser():
     top = Parser(prog="python -m lab", description="Runs the course without a browser.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    add_world(commands)
+    add_notebooks(commands)
+    add_chat(commands)
+    add_label(commands)
+    add_data(commands)
+    add_parameters(commands)
+    add_address(commands)
+    add_compare(commands)
+    add_push(commands)
+    return top
+
+
+def add_world(commands):
     world = commands.add_parser(
         "world",
         help="write the embedded data",
@@ -67,11 +80,17 @@ def parser():
         "--out", metavar="DIR", default=HOME / "dataset", help="the folder to write to [dataset]"
     )
     world.table = world_table
+
+
+def add_notebooks(commands):
     notebooks = {stage: f"run {NOTEBOOKS[folder]}" for stage, (folder, _) in STAGES.items()}
     for name, text in {**notebooks, "course": "run all five notebooks"}.items():
         commands.add_parser(
             name, help=text, description=f"Runs{text[3:]}. The result goes to model/. {TABLE_NOTE}"
         )
+
+
+def add_chat(commands):
     chat = commands.add_parser(
         "chat", help="talk to a trained model", description=f"{CHAT_NOTE} {TABLE_NOTE}"
     )
@@ -90,6 +109,9 @@ def parser():
         help="the sampling temperature; 0 always takes the most likely token [1]",
     )
     chat.add_argument("--seed", metavar="N", help="the same as --set seed=N")
+
+
+def add_label(commands):
     label = commands.add_parser(
         "label", help="compare answers of the actor", description=f"{LABEL_NOTE} {TABLE_NOTE}"
     )
@@ -108,6 +130,9 @@ def parser():
         default=0.0,
         help="the share of its choices that are turned round [0]",
     )
+
+
+def add_data(commands):
     shown = commands.add_parser(
         "data",
         help="show how data of yours are read",
@@ -120,7 +145,11 @@ def parser():
     shown.add_argument(
         "--out", metavar="DIR", help="write train.json and eval.json of the course into this folder"
     )
-    for name in (*notebooks, "course", "chat", "label", "data"):
+
+
+def add_parameters(commands):
+    """Lets the commands above take parameters, and explain them in their help."""
+    for name in (*STAGES, "course", "chat", "label", "data"):
         command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
         command.add_argument(
@@ -132,6 +161,9 @@ def parser():
     for command in commands.choices.values():
         setting = {"metavar": "NAME=VALUE", "help": "set a parameter; you may repeat this"}
         command.add_argument("--set", action="append", default=[], **setting)
+
+
+def add_address(commands):
     address = commands.add_parser(
         "address",
         help="enter the address of your repository",
@@ -142,6 +174,9 @@ def parser():
     address.add_argument(
         "url", metavar="URL", help='https://github.com/OWNER/REPOSITORY, or "" to remove it'
     )
+
+
+def add_compare(commands):
     compare = commands.add_parser(
         "compare",
         help="draw two runs on one page",
@@ -154,6 +189,9 @@ def parser():
     compare.add_argument(
         "--out", metavar="FILE", default="compare.html", help="the page to write [compare.html]"
     )
+
+
+def add_push(commands):
     push = commands.add_parser(
         "push",
         help="upload a model to the hub",
@@ -166,7 +204,6 @@ def parser():
     push.add_argument(
         "--root", metavar="DIR", default=HOME, help="the folder of the course [the notebooks' one]"
     )
-    return top
 
 
 TABLE_NOTE = (

@@ -27,7 +27,6 @@ from pathlib import Path
 from lab import CourseError
 
 FOLDER = Path(__file__).resolve().parents[1] / "dataset" / "companion"
-PLAIN = FOLDER / "plain.txt"  # English prose; its perplexity shows whether a model forgot English
 TEMPLATE = "Human: {} Assistant:"
 FRAMES = {"train": 5, "eval": 4}  # rows of each situation
 GOOD = 0.35  # share of good answers among the volunteers' answers
@@ -191,7 +190,7 @@ COMFORTS = re.compile(  # words for a feeling that do not say what the person fe
     r"|\b(nothing|not|reason|have|need) to (be|feel) \w+",
     re.IGNORECASE,
 )
-FEWEST, MOST, BEST = 5, 45, 25  # words of an answer
+FEWEST, MOST = 5, 45  # words of an answer
 TONE = 0.3  # VADER score from which statements sound kind; -TONE with words of support
 GUSH = 0.25  # share of strongly positive words from which they sound false
 COPIED = 6, 10  # words in a row copied from the prompt: with a word like "my", without one
@@ -503,16 +502,3 @@ def whole(prompts, responses):
 def supportive(prompts, responses):
     """Returns 1 for each answer that sounds supportive, else 0; the mean is the empathy ratio."""
     return [float(explain(*pair)["supportive"]) for pair in zip(prompts, responses)]
-
-
-def labeller(prompts, responses):
-    """Returns what a person goes by who compares answers: the parts, then tone and length.
-
-    Tone and length together weigh less than one part.
-    """
-    scores = []
-    for share, answer in zip(parts(prompts, responses), responses):
-        tone = analyser().polarity_scores(answer)["compound"]
-        near = max(0.0, 1 - abs(len(answer.split()) - BEST) / BEST)
-        scores.append(share + 0.05 * tone + 0.05 * near)
-    return scores

@@ -55,7 +55,8 @@ info.mkdir()
 
 def setup_cell(name="0_download.ipynb"):
     book = json.loads((HOME / name).read_text(encoding="utf-8"))
-    return next("".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code")
+    code = ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"]
+    return "\n\n".join(code[:2])  # the course, then what the notebook imports
 
 
 class Machine:

@@ -168,7 +168,8 @@ def test_the_kernel_is_python3_and_no_widget_is_stored(notebook):
 def test_the_parameters_are_one_cell_of_plain_literals_that_config_knows(notebook):
     cells = code_cells(notebook)
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    assert tagged == [cells[1]], "papermill puts its own behind them, before anything reads them"
+    assert "cfg" not in text_of(cells[0]["source"]) + text_of(cells[1]["source"])
+    assert tagged == [cells[2]], "papermill puts its own behind them, before anything reads them"
     for node in ast.parse(text_of(tagged[0]["source"])).body:
         assert isinstance(node, ast.Assign) and node.targets[0].id in fields()
         ast.literal_eval(node.value)
@@ -202,3 +203,7 @@ def test_metadata_hold_no_absolute_path(notebook):
 def test_cells_hold_no_absolute_path(notebook):
     for cell in notebook["cells"]:
         assert not re.search(r"['\"(\s]/(?:home|Users|mnt)/", text_of(cell["source"]))
+
+
+def test_no_cell_is_longer_than_a_screen(notebook):
+    assert max(len(text_of(cell["source"]).splitlines()) for cell in code_cells(notebook)) <= 25
