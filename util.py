@@ -55,7 +55,7 @@ from lab.models import choose_base, load_actor, load_both, load_scorer, load_tok
 from lab.optimiser import Optimiser, chunks, text_length
 from lab.passes import in_parts
 from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
-from lab.runs import Stage, artifact, digest
+from lab.runs import Stage, artifact, digest, has_record
 from lab.splits import (
     batches,
     epochs,
@@ -871,8 +871,9 @@ def load_critics(cfg):
 
 
 def pairs_to_ask(cfg, count):
-    """Pairs of the actor's answers for a person to compare. Those come first about which the reward
-    model is least certain: there a comparison tells it most."""
+    """Pairs of answers for a person to compare, by the newest policy: that of 3_rlhf if it has run,
+    else the actor. Those come first about which the reward model is least certain: there a
+    comparison tells it most."""
     try:
         critics = load_critics(cfg)
     except CourseError as error:
@@ -881,9 +882,19 @@ def pairs_to_ask(cfg, count):
     prompts = list(dict.fromkeys(row["prompt"] for row in load_rows(cfg, "prompt")))
     prompts = [prompt for prompt in prompts[: 4 * count] for _ in range(4)]
     rng = rng_for(cfg, "pairs to ask")
-    answers = sampled_answers(cfg, "actor", prompts, rng)
+    answers = sampled_answers(cfg, newest_policy(cfg), prompts, rng)
     scores = [critic(prompts, answers) for critic in critics]
     return label.ordered(prompts, answers, scores, rng)
+
+
+def newest_policy(cfg):
+    """The last stage that has trained the policy and fits the stages before it."""
+    if has_record(cfg.root, "rlhf"):
+        try:
+            return artifact(cfg.root, "rlhf").name
+        except CourseError as error:
+            print(f"The answers to compare are those of model/actor. {error}")
+    return "actor"
 
 
 # ------------------------------------------------------------------------------------------------

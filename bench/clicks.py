@@ -4,10 +4,12 @@
 
 ROOT is the folder of a finished course; several courses with different seeds show the luck. Base
 and actor are copied from there. The person wants answers that end with a question, and calls a pair
-a tie if both answers do or both do not. Only answers about feelings can fulfil the wish.
+a tie if both answers do or both do not. Only answers about feelings can fulfil the wish. The pairs
+are answers of a policy that 3_rlhf has trained without comparisons.
 """
 
 import argparse
+import random
 import shutil
 import sys
 import tempfile
@@ -66,12 +68,19 @@ def one_course(source, count, noise, weight, rows):
         wish, judged = fulfilled(cfg, "actor", rows)
         yield "actor", {"with a winner": 0, "wish": wish, "judge": judged, "critic": 0.0}
         yield "no comparisons", found
-        for arm, order in (("random order", ()), ("least certain first", ("critic",))):
+        for arm, find in (("random order", shuffled), ("least certain first", util.pairs_to_ask)):
             with tempfile.TemporaryDirectory() as folder:
-                stages = ("base", "actor", *order)
+                stages = ("base", "actor", "critic", "rlhf")
                 cfg = copied(plain, Path(folder), stages, feedback_weight=weight)
-                label.simulate(cfg, util.pairs_to_ask, "bench.clicks.question", count, noise)
+                label.simulate(cfg, find, "bench.clicks.question", count, noise)
                 yield arm, trained(cfg, rows)
+
+
+def shuffled(cfg, count):
+    """The same pairs in random order."""
+    pairs = util.pairs_to_ask(cfg, count)
+    random.Random(cfg.seed).shuffle(pairs)
+    return pairs
 
 
 def main():
