@@ -107,11 +107,16 @@ def pairs_of(root):
 
 
 def ordered(prompts, answers, scores, rng):
-    """Returns pairs of different answers to the same prompt, the least certain first.
+    """Returns pairs of answers to the same prompt: the two that differ most, where the reward
+    models are least certain.
+
+    Two answers that are nearly the same tell nothing about a wish of which the reward models know
+    nothing. So each prompt offers its most different pair first. Among those come first the pairs
+    about which the reward models are least certain. A prompt's second pair comes after the first
+    pairs of all prompts.
 
     `scores` has a row for each reward model. One model is least certain where its two scores are
     closest, several where they disagree most about the difference; without any the order is random.
-    A second pair with the same prompt comes after the first pairs of all prompts.
     """
     groups = {}
     for place, prompt in enumerate(prompts):
@@ -119,17 +124,22 @@ def ordered(prompts, answers, scores, rng):
     found, scores = [], np.asarray(scores)
     for prompt, places in groups.items():
         texts = {answers[place].strip(): place for place in places if answers[place].strip()}
-        pairs = []
-        for a, b in combinations(texts.values(), 2):
+        pairs = sorted(combinations(texts, 2), key=lambda pair: in_common(*pair))
+        for rank, (left, right) in enumerate(pairs):
             certainty = torch.rand((), generator=rng).item()
             if len(scores):
-                gap = scores[:, a] - scores[:, b]
+                gap = scores[:, texts[left]] - scores[:, texts[right]]
                 certainty = abs(gap[0]) if len(scores) == 1 else -gap.std()
-            pairs.append((certainty, {"prompt": prompt, "left": answers[a], "right": answers[b]}))
-        pairs.sort(key=lambda pair: pair[0])
-        found += [(rank, *pair) for rank, pair in enumerate(pairs)]
+            found.append((rank, certainty, {"prompt": prompt, "left": left, "right": right}))
     found.sort(key=lambda item: item[:2])
     return [pair for *_, pair in found]
+
+
+def in_common(one, other):
+    """The share of the pairs of neighbouring letters that two texts have in common: 1 for equal
+    texts, in any script."""
+    letters, others = (set(zip(text, text[1:])) | {text[:1]} for text in (one, other))
+    return len(letters & others) / len(letters | others)
 
 
 def key(pair):

@@ -175,16 +175,15 @@ def asked(scores, answers="abcd", prompts="pppp"):
 
 
 def test_one_reward_model_puts_the_closest_scores_first():
-    pairs = asked([[0.0, 1.0, 1.1, 5.0]])
-    assert {pairs[0]["left"], pairs[0]["right"]} == {"b", "c"}
-    assert {pairs[-1]["left"], pairs[-1]["right"]} == {"a", "d"}
+    pairs = asked([[0.0, 1.0, 1.1, 5.0, 7.0, 7.01]], "abcdef", "ppqqrr")
+    assert [pair["prompt"] for pair in pairs] == ["r", "p", "q"]
 
 
 def test_several_reward_models_put_their_largest_disagreement_first():
-    pairs = asked([[0.0, 0.0, 0.0, 9.0], [0.0, 0.0, 7.0, 9.0]])
-    assert "c" in (pairs[0]["left"], pairs[0]["right"])
-    agreed = [pair for pair in pairs if "c" not in (pair["left"], pair["right"])]
-    assert pairs[-3:] == agreed, "also where all of them see the same large difference"
+    scores = [[0.0, 9.0, 0.0, 0.0, 0.0, 2.0], [0.0, 9.0, 0.0, 7.0, 0.0, 0.0]]
+    pairs = asked(scores, "abcdef", "ppqqrr")
+    said = "a large difference on which all agree comes last"
+    assert [pair["prompt"] for pair in pairs] == ["q", "r", "p"], said
 
 
 def test_without_a_reward_model_the_order_is_random_and_covers_all_pairs():
@@ -196,6 +195,15 @@ def test_without_a_reward_model_the_order_is_random_and_covers_all_pairs():
 def test_equal_and_empty_answers_are_never_asked():
     pairs = asked([[0.0] * 6], ["a", "a", " a ", "", " ", "b"], "p" * 6)
     assert len(pairs) == 1 and {pairs[0][side].strip() for side in ("left", "right")} == {"a", "b"}
+
+
+def test_the_two_answers_that_differ_most_come_first():
+    texts = ["I am here.", "I am here!", "Shall we talk?"]
+    first, *rest = asked([[0.0, 1.0, 5.0]], texts, "ppp")
+    assert "Shall we talk?" in first.values()
+    assert set(rest[-1].values()) >= {"I am here.", "I am here!"}
+    texts = ["我在这里。", "我在这里！", "要谈谈吗？"]
+    assert "要谈谈吗？" in asked([[0.0, 1.0, 5.0]], texts, "ppp")[0].values()
 
 
 def test_every_prompt_comes_once_before_any_comes_twice():
