@@ -46,6 +46,7 @@ from lab import (
     label,
     matmul,
     models,
+    processes,
     splits,
     world,
 )
@@ -286,13 +287,17 @@ def generate_answers(model, tokenizer, prompts, cfg, generator, temperature=None
     """
 
     def work(part):
-        prompt = encode_prompts(tokenizer, part, cfg, model.device)
-        how = sampling(cfg, model, tokenizer, temperature)
-        response_ids, response_mask, _ = generate(model, *prompt, **how, generator=generator)
-        tokens = *prompt, response_ids, response_mask
+        tokens = answer_batch(model, tokenizer, part, cfg, generator, temperature)
         return then(*tokens) if then else tokens
 
     yield from in_parts(work, prompts, cfg, model, generator)
+
+
+def answer_batch(model, tokenizer, prompts, cfg, generator, temperature=None):
+    """One answer to each prompt, all at once: the four token tensors."""
+    prompt = encode_prompts(tokenizer, prompts, cfg, model.device)
+    how = sampling(cfg, model, tokenizer, temperature)
+    return *prompt, *generate(model, *prompt, **how, generator=generator)[:2]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -574,7 +579,7 @@ def train_base(cfg, base=None):
             yield stage.log({"step": 1, "steps": 1})
         stage.summary = {"preset": "tiny" if base.source == "tiny" else "colab"}
         models.save(model, tokenizer, stage.folder)
-        tokenizer.save_pretrained(Path(cfg.root) / "tokenizer")
+        processes.from_first(lambda: tokenizer.save_pretrained(Path(cfg.root) / "tokenizer"))
 
 
 def pretrain(cfg, stage):
@@ -1336,14 +1341,16 @@ def pair_logprobs(model, tokenizer, rows, cfg):
 def evaluate(crew, rows, cfg, generator, *, temperature=None):
     """One answer of the policy to each row: text, judge's score, your metrics, reward, KL, length,
     eos. The judge's score is None for rows that do not say what a right answer is."""
-    results, prompts, metrics = [], [row["prompt"] for row in rows], metrics_of(cfg)
+    metrics = metrics_of(cfg)
 
-    def read(*tokens):
+    def work(part):
+        asked = [row["prompt"] for row in part]
+        policy, tokenizer = crew.policy, crew.tokenizer
+        tokens = answer_batch(policy, tokenizer, asked, cfg, generator, temperature)
         how = {"temperature": cfg.temperature, "entropy": False}
         logprobs = response_logprobs(crew.policy, *tokens, **how)[0]
         with crew.as_reference() as reference:
             ref_logprobs = response_logprobs(reference, *tokens, **how)[0]
-        part = rows[len(results) : len(results) + len(tokens[0])]
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
             "response": texts,
@@ -1352,7 +1359,6 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
             "length": tokens[3].sum(1).tolist(),
             "eos": ended(*tokens[2:], stops_of(crew.policy, crew.tokenizer)).tolist(),
         }
-        asked = [row["prompt"] for row in part]
         if crew.reward is not None:
             columns["reward"] = ask(crew.reward, asked, texts)[0].tolist()
         if metrics:
@@ -1367,10 +1373,7 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
             answers.append(answer)
         return answers
 
-    more = {"temperature": temperature, "then": read}
-    for part in generate_answers(crew.policy, crew.tokenizer, prompts, cfg, generator, **more):
-        results += part
-    return results
+    return sum(in_parts(work, rows, cfg, crew.policy, generator), [])
 
 
 def metrics_of(cfg):

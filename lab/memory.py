@@ -11,6 +11,7 @@ import sys
 
 import psutil
 
+from lab import processes
 from lab.errors import out_of_memory
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
@@ -104,6 +105,7 @@ def room(limit, models, learning=()):
     there = OVERHEAD + sum(p.nbytes for m in models for p in m.parameters())
     left = limit * 1e9 - there if limit else SHARE * free(device)
     if device.type == "cpu":
+        left = left if limit else left / processes.on_this_machine()
         busy = BUSY * max(2, torch.get_num_threads())
         left = min(left, max(LAPTOP - there, busy + coming))
     return left - coming

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lab import CourseError, gguf
+from lab import CourseError, gguf, processes
 from lab.agreement import eval_mode  # noqa: F401
 from lab.errors import loading
 from lab.plain_path import cache_argument
@@ -42,11 +42,12 @@ def find_device(name):
     """Returns the torch device of a name and makes it the current GPU if it is one.
 
     "auto" is the first GPU, or the CPU if there is none. A stage loads everything to this device.
+    Of several processes each has a GPU of its own.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda:0" if name == "cuda" else name)
+        device = torch.device(f"cuda:{processes.local_rank()}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()  # fails on "meta", which stores no values
         if device.type == "cuda":  # kernels of other packages use the current device
             torch.cuda.set_device(device)
@@ -290,8 +291,13 @@ def remove_dropout(model):
 def save(model, tokenizer, folder):
     """Saves a model so that plain transformers can load it with `from_pretrained`.
 
-    Adapters are merged into the weights, and also saved separately in `adapter/`.
+    Adapters are merged into the weights, and also saved separately in `adapter/`. Of several
+    processes the first one saves.
     """
+    processes.from_first(lambda: write(model, tokenizer, folder))
+
+
+def write(model, tokenizer, folder):
     if hasattr(model, "merge_and_unload"):
         model = merged(model, Path(folder) / "adapter")
     set_special_tokens(model, tokenizer)

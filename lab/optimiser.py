@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from lab import CourseError, matmul, memory, models
+from lab import CourseError, matmul, memory, models, processes
 from lab.passes import in_parts
 
 
@@ -57,16 +57,21 @@ class Optimiser:
         """One update from the loss of `rows`, after `progress` steps.
 
         `loss_of(rows)` returns a mean loss, the number of tokens or rows in that mean, and stats.
+        Several processes share the rows, and all of them make the same update.
         """
         if "scaler" in self.state:  # of fp16, as it was after the last step
             self.scaler.load_state_dict(self.state["scaler"])
 
-        def work(_):
-            with models.autocast(self.cfg, self.models[0]):
-                size = self.update_size(rows, loss_of)
-            return self.backward(rows, loss_of, size)
+        own = processes.own(rows)
 
-        stats = self.fit(work, "micro_batch")
+        def work(_):
+            if not own:
+                return self.backward(own, loss_of, 1)
+            with models.autocast(self.cfg, self.models[0]):
+                size = self.update_size(own, loss_of)
+            return self.backward(own, loss_of, size)
+
+        stats = self.combine(processes.together(lambda: self.fit(work, "micro_batch")))
         scale = self.schedule(progress)
         for group, peak in zip(self.adamw.param_groups, self.peaks):
             group["lr"] = peak * scale
@@ -88,26 +93,51 @@ class Optimiser:
         return warmup * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
 
     def backward(self, rows, loss_of, size):
-        """Gradients of `rows`, `size` rows at once. Each piece counts by its size, so the sum is
-        the gradient of the whole batch."""
+        """Gradients of `rows`, `size` rows at once; returns (weight, stats) of each piece.
+
+        If there are several pieces, the gradients are sums over the pieces, each times its weight.
+        """
         self.adamw.zero_grad()
         if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
             memory.trim()  # free blocks between used ones add up
-        parts, total, pieces = [], 0, chunks(rows, size)
+        parts, pieces = [], chunks(rows, size)
+        alone = len(pieces) == 1 and processes.joined() == 1
         for piece in pieces:
             with matmul.fast_matmul(self.models[0]):
                 with models.autocast(self.cfg, self.models[0]):
                     loss, weight, stats = loss_of(piece)
-                weight = weight if pieces[1:] else 1
+                weight = 1 if alone else weight
                 self.scaler.scale(loss * weight).backward()
             parts.append((weight, stats | {"loss": loss.detach()}))
-            total += weight
-        learning = [p for group in self.parameters for p in group if p.grad is not None]
-        for parameter in learning if pieces[1:] else []:
-            parameter.grad /= total
+        return parts
+
+    def combine(self, shares):
+        """Turns the sums into the gradient of the whole batch, and returns the mean of all stats.
+
+        `shares` are what `backward` returned in each process.
+        """
+        parts = [part for share in shares for part in share]
+        total = sum(weight for weight, _ in parts)
+        learning = [p for group in self.parameters for p in group]
+        if shares[1:]:
+            learning = self.added(learning)
+        for parameter in learning if shares[1:] or parts[1:] else []:
+            if parameter.grad is not None:
+                parameter.grad /= total
         figures = {name: [float(s[name]) for _, s in parts] for name in parts[0][1]}
         means = {n: sum(w * x for (w, _), x in zip(parts, xs)) / total for n, xs in figures.items()}
         return means | {n: max(xs) for n, xs in figures.items() if n.endswith("_q99")}
+
+    def added(self, parameters):
+        """Adds up the gradients of all processes; returns the parameters that have one. A process
+        without rows adds zeros."""
+        has = processes.together(lambda: [p.grad is not None for p in parameters])
+        used = [p for p, flags in zip(parameters, zip(*has)) if any(flags)]
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        processes.add([parameter.grad for parameter in used])
+        return used
 
     def apply(self, finite, step):
         """AdamW's step, unless the loss or a gradient is NaN or infinite."""
@@ -178,7 +208,7 @@ class Optimiser:
 
     def leave(self):
         """What to do when one row is too much for a GPU; None where that is an error."""
-        gpu = self.device.type != "cpu"
+        gpu = self.device.type != "cpu" and processes.joined() == 1
         return self.leave_gpu if gpu and self.cfg.cpu_fallback else None
 
     def leave_gpu(self):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lab import memory, models
+from lab import memory, models, processes
 
 
 def in_parts(
@@ -13,8 +13,32 @@ def in_parts(
 
     A part has `eval_batch` rows, or fewer if memory is short. state[name] holds this number if you
     pass a `state`. When memory runs out, the part is halved and `generator` is reset, so the
-    results stay the same.
+    results stay the same. Several processes share the rows, and all yield all results.
     """
+    start, stop = processes.part_of(len(rows))
+    how = cfg, model, generator, learning, state, name, leave, say
+
+    def share():
+        skip(generator, start, cfg.max_new_tokens)
+        mine = list(own_parts(work, rows[start:stop], *how))
+        skip(generator, len(rows) - stop, cfg.max_new_tokens)
+        return mine
+
+    if processes.count() == 1:  # part by part, so that nobody has to keep all of them
+        yield from own_parts(work, rows, *how)
+    else:
+        for mine in processes.together(share):
+            yield from processes.moved(mine, model.device)
+
+
+def skip(generator, rows, length):
+    """Draws the random numbers that other processes draw for their rows: see util.draw_uniforms."""
+    if generator and rows:
+        torch.rand(rows, length, generator=generator, dtype=torch.float64)
+
+
+def own_parts(work, rows, cfg, model, generator, learning, state, name, leave, say):
+    """Yields work(part) for the rows of this process."""
     if state is None:
         row = memory.of_reading(model, cfg.max_prompt + cfg.max_new_tokens)
         room = memory.room(cfg.memory, [model], learning)

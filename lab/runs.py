@@ -5,17 +5,19 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import operator
 import os
 import platform
 import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lab import CourseError, memory, tracking
+from lab import CourseError, memory, processes, tracking
 from lab.errors import NOTEBOOKS, explained
 from lab.hub import reason_of
 
@@ -220,6 +222,11 @@ class Stage:
         return self
 
     def open(self):
+        """Finds the last checkpoint. Of several processes the first one looks for all."""
+        found = processes.from_first(self.take)
+        self.checkpoint, self.past, self.step, self.notes = found
+
+    def take(self):
         """Takes the lock, and finds the last checkpoint or clears the folder for a new run."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -244,10 +251,12 @@ class Stage:
         except BaseException:
             self.lock.release()
             raise
+        return self.checkpoint, self.past, self.step, self.notes
 
     def say(self, sentence):
         """Prints a sentence and keeps it for the notes in stage.json."""
-        print(f"{self.name}: {sentence}", flush=True)
+        if processes.first():
+            print(f"{self.name}: {sentence}", flush=True)
         self.notes.append(sentence)
 
     def plan(self):
@@ -340,7 +349,9 @@ class Stage:
                     self.stop_requested = stop.requested  # finish first: no step is left
                     return
                 start = time.perf_counter()
-                if stop.requested or start - saved >= pause:
+                stop.requested = processes.any_of(stop.requested)
+                late = processes.from_first(partial(operator.ge, start - saved, pause))
+                if stop.requested or late:
                     self.save(optimiser, step + 1)
                     saved = time.perf_counter()
                     if seconds:  # saving takes at most a twentieth of the time
@@ -369,7 +380,11 @@ class Stage:
         return note["step"]
 
     def save(self, optimiser, step):
-        """Saves a checkpoint: writes it to the folder `building`, then renames that folder.
+        """Saves a checkpoint. Of several processes the first one saves: all have the same state."""
+        processes.from_first(lambda: self.write(optimiser, step))
+
+    def write(self, optimiser, step):
+        """Writes a checkpoint to the folder `building`, then renames that folder.
 
         So one complete checkpoint always exists after the first. At most two are on the disk,
         including the one being written.
@@ -415,6 +430,10 @@ class Stage:
             self.trackers.text("samples", tracking.as_text(rows), rows[0].get("step", self.step))
 
     def append(self, name, rows):
+        """Appends rows to a file of JSON lines. Of several processes the first one writes."""
+        rows = list(rows)  # every process takes part in computing them
+        if not processes.first():
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -441,6 +460,9 @@ class Stage:
 
     def publish(self):
         """Writes stage.json and moves the folder to model/<name>."""
+        processes.from_first(self.replace)
+
+    def replace(self):
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         files = [path for path in files if not tracking.is_event_file(path)]  # nothing reads them
         weights = [path for path in files if path.suffix == ".safetensors"]
@@ -451,6 +473,7 @@ class Stage:
             "inputs": self.inputs,
             "data": self.data,
             "versions": versions(),
+            "processes": processes.count(),
             "metrics": self.summary,
             "notes": self.notes,
             "seconds": round(time.perf_counter() - self.started, 2),
