@@ -565,6 +565,7 @@ def open_stage(cfg, name, inputs=(), code=None, pairs=False):
     return Stage(cfg.root, name, config, inputs, data, tracker=cfg.tracker, **how)
 
 
+@processes.spread("download")
 def train_base(cfg, base=None):
     """Copies a base model that exists already, or pretrains `tiny`. Writes tokenizer/ too.
 
@@ -637,6 +638,7 @@ def load_pair(cfg, name, **extra):
     return load_both(cfg, artifact(cfg.root, name), f"model/{name}", **extra)
 
 
+@processes.spread("actor")
 def train_actor(cfg):
     """Supervised fine-tuning (SFT): raises the log-probs of the answers, not of the prompts."""
     with open_stage(cfg, "actor", inputs=["base"]) as stage:
@@ -759,6 +761,7 @@ def sampled_answers(cfg, name, prompts, rng):
     return [text for part in parts for text in decode(tokenizer, *part[2:])]
 
 
+@processes.spread("critic")
 def train_critic(cfg, rows=None):
     """Trains the reward model: of two answers, the one that people chose should score higher.
 
@@ -1201,6 +1204,7 @@ def value_curves(crew, prompts, cfg, step):
         yield {"step": step, "prompt": prompt, "tokens": tokens, "values": values}
 
 
+@processes.spread("rlhf")
 def train_rlhf(cfg, reward=None, algorithm=None):
     """Trains the policy with cfg.algorithm and saves it to model/rlhf.
 

@@ -10,14 +10,17 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-from lab import CourseError
+from lab import CourseError, processes
 from lab.errors import explained, plain_errors
 from lab.runs import NOTEBOOKS
 
@@ -85,8 +88,13 @@ def add_world(commands):
 def add_notebooks(commands):
     notebooks = {stage: f"run {NOTEBOOKS[folder]}" for stage, (folder, _) in STAGES.items()}
     for name, text in {**notebooks, "course": "run all five notebooks"}.items():
-        commands.add_parser(
+        command = commands.add_parser(
             name, help=text, description=f"Runs{text[3:]}. The result goes to model/. {TABLE_NOTE}"
+        )
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="under torchrun: print the metrics of every step, and an error, as lines of JSON",
         )
 
 
@@ -309,6 +317,38 @@ def run_notebook(stage, given, root):
         except RuntimeError as error:  # the kernel died or did not start
             reason = f"{type(error).__name__}: {error or 'the memory may be too small.'}"
     raise Failed(f"{notebook} stopped. {reason}\nThe notebook up to the error: {copy}")
+
+
+@plain_errors
+def run_together(stage, given, root, as_json):
+    """Runs the training of a stage in all processes that a launcher has started. 4_test does not
+    train: the first process runs its notebook."""
+    import util
+
+    if stage == "test":
+        return processes.from_first(lambda: run_alone(stage, given, root))
+    train = {
+        "download": util.train_base,
+        "actor": util.train_actor,
+        "critic": util.train_critic,
+        "rlhf": util.train_rlhf,
+    }
+    own = {f.name for f in read_by(stage)}
+    given = {name: value for name, value in given.items() if name in own} | {"root": str(root)}
+    cfg = util.Config(**given) if stage == "download" else util.Config.of(**given)
+    quiet = as_json or not processes.first()
+    with nullcontext() if quiet else Progress(root / "model", STAGES[stage][0]):
+        for metrics in train[stage](cfg):
+            if as_json and processes.first():
+                print(json.dumps(metrics), flush=True)
+
+
+def run_alone(stage, given, root):
+    """Runs a notebook in this process of several: its kernel must not join them."""
+    with mock.patch.dict(os.environ):
+        for name in [name for name in os.environ if name in processes.JOINS]:
+            del os.environ[name]
+        run_notebook(stage, given, root)
 
 
 class Progress:
@@ -569,12 +609,17 @@ COMMANDS = {  # all others run notebooks
 
 def run(args):
     if args.command in COMMANDS:
-        return COMMANDS[args.command](args)
+        return processes.from_first(lambda: COMMANDS[args.command](args))
     given, root = parameters(args)
+    processes.start(given.get("device", "auto"))
     for stage in STAGES if args.command == "course" else [args.command]:
-        run_notebook(stage, given, root)
+        if processes.joined() > 1:
+            run_together(stage, given, root, args.json)
+        else:
+            run_notebook(stage, given, root)
     folder = root / "model" / "report"
-    if args.command in ("course", "test") and (folder / "report.json").exists():
+    report = args.command in ("course", "test") and (folder / "report.json").exists()
+    if report and processes.first():
         show_result(folder)
 
 
@@ -584,7 +629,10 @@ def main(argv=None):
     try:
         run(args)
     except CourseError as error:
-        print(error, file=sys.stderr)
+        if not getattr(error, "elsewhere", False):  # else another process prints it
+            print(error, file=sys.stderr)
+            if getattr(args, "json", False):
+                print(json.dumps({"error": str(error)}), flush=True)
         return 1 if isinstance(error, Failed) else 2
     except OSError as error:  # for example a full disk, or no permission to write
         if (told := explained(error)) is None:
@@ -592,8 +640,11 @@ def main(argv=None):
         print(told, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. Finished stages are kept.", file=sys.stderr)
+        if processes.first():
+            print("\nStopped. Finished stages are kept.", file=sys.stderr)
         return 130
+    finally:
+        processes.stop()
     return 0
 
 

@@ -122,6 +122,9 @@ class Config(Settings):
         "base actor critic rlhf",
         "where curves go, one or more of: tensorboard, wandb, trackio, swanlab; or none",
     )
+    num_processes: int = knob(
+        1, "base actor critic rlhf", "processes on this machine that train together, same result"
+    )
     micro_batch: int = knob(
         0,
         "base actor critic rlhf",

@@ -6,15 +6,26 @@ make the same update. The first process alone writes, logs and prints. With one 
 function here does nothing.
 """
 
+import functools
+import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 from contextvars import ContextVar
+from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lab import CourseError
 
+HOME = Path(__file__).resolve().parent.parent  # the folder of the notebooks
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by torchrun and by MPI
+JOINS = (*SIZES, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(minutes=30)  # the first process may save a large model while others wait
 
 
@@ -41,8 +52,8 @@ def first():
 
 
 def launched():
-    """How many processes a launcher such as torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes a launcher has started: torchrun, accelerate launch or mpirun."""
+    return max(int(os.environ.get(name, 1)) for name in SIZES)
 
 
 def on_this_machine():
@@ -57,12 +68,16 @@ def local_rank():
 
 def start(device="auto"):
     """Joins the processes that a launcher has started. `device` is the parameter of the course."""
-    if launched() == 1 or joined() > 1:
-        return
-    gpu = device != "cpu" and torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    from accelerate import PartialState
+
+    if launched() > 1 and joined() == 1:
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        PartialState(cpu=cpu, timeout=PATIENCE)
+    elif os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        raise CourseError(
+            "accelerate launch has started one process: without a GPU it starts several only "
+            "through MPI. Use torchrun --nproc-per-node N -m lab ... instead."
+        )
 
 
 def stop():
@@ -108,8 +123,9 @@ def together(work):
         alone.reset(token)
     found = [None] * count()
     with_neighbours(lambda: dist.all_gather_object(found, mine))
-    for result in found:
+    for place, result in enumerate(found):
         if isinstance(result, Exception):
+            result.elsewhere = place != rank()
             raise result
     return found
 
@@ -156,3 +172,57 @@ def moved(thing, device):
     if isinstance(thing, (list, tuple)):
         return type(thing)(moved(x, device) for x in thing)
     return thing
+
+
+# ------------------------------------------------------------------------------------------------
+# Starting them from a notebook
+
+
+def spread(command):
+    """Decorates a training: with cfg.num_processes > 1 it runs in that many new processes, as
+    `python -m lab COMMAND` does, and this process yields the metrics of their steps."""
+
+    def decorate(train):
+        @functools.wraps(train)
+        def steps(cfg, *args, **functions):
+            if cfg.num_processes == 1 or launched() > 1:
+                return train(cfg, *args, **functions)
+            if any(callable(function) for function in functions.values()):
+                raise CourseError(
+                    f"num_processes = {cfg.num_processes} starts new processes, which find your "
+                    "functions by name only: set reward or algorithm to module.function."
+                )
+            return launch(command, cfg)
+
+        return steps
+
+    return decorate
+
+
+def launch(command, cfg):
+    """Runs `python -m lab COMMAND` in cfg.num_processes processes; yields what they measure."""
+    told, values = "", asdict(cfg) | {"root": str(Path(cfg.root).resolve()), "num_processes": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "parameters.yaml"
+        path.write_text(json.dumps(values), encoding="utf-8")
+        torchrun = "torch.distributed.run", "--standalone", "--nproc-per-node", cfg.num_processes
+        line = [sys.executable, "-m", *map(str, torchrun), "-m", "lab", command]
+        threads = str(max(1, torch.get_num_threads() // cfg.num_processes))
+        child = subprocess.Popen(
+            [*line, "--config", str(path), "--json"],
+            cwd=HOME, env={"OMP_NUM_THREADS": threads} | os.environ, text=True, encoding="utf-8",
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            for text in child.stdout:
+                line = json.loads(text) if text.startswith("{") else {}
+                told = line.get("error", told)
+                if "step" in line:
+                    yield line
+        except BaseException:  # the notebook was stopped: they save a checkpoint
+            child.send_signal(signal.SIGTERM)
+            raise
+        finally:
+            child.wait()
+    if child.returncode:
+        raise CourseError(told or f"The new processes stopped (exit status {child.returncode}).")

@@ -473,7 +473,7 @@ class Stage:
             "inputs": self.inputs,
             "data": self.data,
             "versions": versions(),
-            "processes": processes.count(),
+            "processes": processes.joined(),
             "metrics": self.summary,
             "notes": self.notes,
             "seconds": round(time.perf_counter() - self.started, 2),
@@ -494,7 +494,7 @@ class Stage:
 MAY_CHANGE = {  # parameters that may change before a run is resumed
     "root",  # you may move the folder of the course
     "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
-    "memory", "tracker",
+    "memory", "tracker", "num_processes",
 }  # fmt: skip
 
 
