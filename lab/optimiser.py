@@ -65,7 +65,7 @@ class Optimiser:
         own = processes.own(rows)
 
         def work(_):
-            if not own:
+            if not len(own):  # more processes than rows
                 return self.backward(own, loss_of, 1)
             with models.autocast(self.cfg, self.models[0]):
                 size = self.update_size(own, loss_of)

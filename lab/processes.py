@@ -186,13 +186,14 @@ def spread(command):
         @functools.wraps(train)
         def steps(cfg, *args, **functions):
             if cfg.num_processes == 1 or launched() > 1:
-                return train(cfg, *args, **functions)
+                yield from train(cfg, *args, **functions)
+                return
             if any(callable(function) for function in functions.values()):
                 raise CourseError(
                     f"num_processes = {cfg.num_processes} starts new processes, which find your "
                     "functions by name only: set reward or algorithm to module.function."
                 )
-            return launch(command, cfg)
+            yield from launch(command, cfg)
 
         return steps
 

@@ -116,6 +116,15 @@ def resumed(place, values):
     return len(list(util.train_base(config(root, values))))
 
 
+def started(place, values):
+    """What a training yields, where new processes would yield their number."""
+    place.patch.setattr(lab.processes, "launch", lambda command, cfg: iter([cfg.num_processes]))
+    train = util.train_base(config(place.new("base"), values))
+    first = next(train)
+    train.close()
+    return first if isinstance(first, int) else "steps"
+
+
 def rows_of(share):
     def look(place, values):
         place.patch.chdir(place.folder)
@@ -309,6 +318,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "resume_changed": (True, resumed, dict(pretrain_lr=1e-5)),
     "checkpoint_minutes": (2.0, halfway, {}),
     "tracker": ("none", ACTOR, {}),
+    "num_processes": (2, started, {}),
     "micro_batch": (3, cut, {}),
     "cpu_fallback": (True, no_room, {}),
     "reader": ("own_functions.read", rows_of("sft"), {}),

@@ -141,7 +141,8 @@ def optimiser_of(model, cfg, say=print):
 
 def test_an_update_takes_as_many_rows_at_once_as_memory_allows(actor):
     model, cfg, loss_of, seen = actor
-    optimiser_of(model, cfg).backward(ROWS, loss_of, 8)
+    whole = optimiser_of(model, cfg)
+    whole.combine([whole.backward(ROWS, loss_of, 8)])
     expected = [p.grad.clone() for p in model.parameters()]
     most = kept_of(model, loss_of, ROWS)
     sizes = {}
@@ -152,7 +153,7 @@ def test_an_update_takes_as_many_rows_at_once_as_memory_allows(actor):
         seen.clear()
         sizes[share] = limited.update_size(ROWS, loss_of)
         assert seen == [1], "one row is enough to know"
-        limited.backward(ROWS, loss_of, sizes[share])
+        limited.combine([limited.backward(ROWS, loss_of, sizes[share])])
         pieces = [kept_of(model, loss_of, part) for part in util.chunks(ROWS, sizes[share])]
         assert max(pieces) <= most * share or sizes[share] == 1
         for parameter, one in zip(model.parameters(), expected):

@@ -105,7 +105,7 @@ def test_of_several_pieces_the_worst_quantile_counts(tokenizer):
         loss = model.get_input_embeddings().weight.sum()
         return loss, len(rows), {"ratio_error_q99": x, "ratio_error": x}
 
-    stats = optimiser.backward([1, 2, 3, 6], loss_of, 1)
+    stats = optimiser.combine([optimiser.backward([1, 2, 3, 6], loss_of, 1)])
     assert stats["ratio_error_q99"] == 6 and stats["ratio_error"] == 3
 
 

@@ -172,7 +172,7 @@ def test_an_update_in_pieces_has_the_gradient_of_the_update_in_one(
     optimiser = util.Optimiser(cfg, [(model, 1e-3) for model in models], 10, batch=8)
     stats, gradients = {}, {}
     for size in (8, 4, 3, 1):
-        stats[size] = optimiser.backward(rows, loss_of, size)
+        stats[size] = optimiser.combine([optimiser.backward(rows, loss_of, size)])
         parameters = [p for group in optimiser.parameters for p in group if p.grad is not None]
         gradients[size] = torch.cat([p.grad.double().flatten() for p in parameters])
     assert gradients[8].norm() > 0
