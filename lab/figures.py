@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lab.measures import calibrated, digits, metrics_in, share_interval, wins
+from lab.measures import calibrated, categories_in, digits, metrics_in, share_interval, wins
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#008A66"  # Okabe-Ito, the green a little darker
 INK, PALE, DARK = "#7C7C7C", "#F4F4F4", "#1A1A1A"
@@ -361,6 +361,37 @@ def calibration(pairs):
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def reliability_picture(models):
+    """How often the favourite answers of each model are right, against how probable the model finds
+    them. A larger dot stands for more answers. None if no truth is known."""
+    known = {name: m["calibration"] for name, m in models.items() if m.get("calibration")}
+    if not known:
+        return None
+    figure, (ax,) = canvas(width=5.6, height=3.9)
+    ax.plot([0, 1], [0, 1], color=INK, linestyle="--", label="perfectly calibrated")
+    told = []
+    for name, found in known.items():
+        table = pd.DataFrame(found["bins"])
+        said, actual, colour = table["mean of the predicted"], table["actual"], colour_of(name)
+        ax.plot(said, actual, color=colour, linewidth=1, alpha=0.6)
+        sizes = 15 + 300 * table["count"] / table["count"].sum()
+        ax.scatter(said, actual, sizes, color=colour, alpha=0.8, label=plain(name))
+        told.append(f"{name} {found['error']:.2f}")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.set(xlabel="probability of its own answer", ylabel="share that is right")
+    legend = figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+    for dot in legend.legend_handles[1:]:
+        dot.set_sizes([40])
+    figure.set_label(f"Calibration of the models. Mean gap (ECE): {', '.join(told)}.")
+    return figure
+
+
+def colour_of(name):
+    """The colour of a model: the three of the course have their own, all others share one."""
+    return COLOURS.get(name, GREEN)
+
+
 # --------------------------------------------------------------------------------------------------
 # The judge
 
@@ -369,11 +400,12 @@ def calibration(pairs):
 def judged_bars(models):
     """The means of each model, sampled beside greedy, with lines for their 95 % intervals: the
     judge's scores of all questions and of each kind; without a judge your metrics; without both the
-    mean rewards."""
+    categories, or else the mean rewards."""
     judged = all(model["judge"] for model in models.values())
-    if not judged and not metrics_in(models):
+    panels = judge_panels(models) if judged else metric_panels(models) or category_panels(models)
+    if not panels:
         return reward_bars(models)
-    first, *rest = panels = judge_panels(models) if judged else metric_panels(models)
+    first, *rest = panels
     columns = 2 if rest else 1
     heights = [2.9] + [2.0] * -(-len(rest) // columns)
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -426,6 +458,18 @@ def metric_panels(models):
     }
 
 
+def category_panels(models):
+    """The means of the categories that have files, in the form of `judge_panels`."""
+    return {
+        name: {
+            model: [(entry.get("categories") or {}).get(name), None]
+            for model, entry in models.items()
+            if name in (entry.get("categories") or {})
+        }
+        for name in categories_in(models)
+    }
+
+
 def score_bars(ax, models, size=9.5):
     """For each model a bar for the sampled and, if there are any, for the greedy answers. The axis
     goes from 0 to 1 if all scores do."""
@@ -434,7 +478,7 @@ def score_bars(ax, models, size=9.5):
     share = low == 0 and high <= 1
     room = 1 if share else (high - low) or 1
     for i, (name, both) in enumerate(models.items()):
-        colour = COLOURS.get(name, GREEN)
+        colour = colour_of(name)
         both = zip(both, ((colour, "white"), (TINTS[colour], DARK)))
         both = [(found, *colours) for found, colours in both if found]
         for j, (found, fill_colour, text_colour) in enumerate(both):
@@ -498,7 +542,7 @@ def svg(figure):
 def reward_bars(models):
     """The mean reward of each model, for rows that have neither a judge nor a metric."""
     figure, (ax,) = canvas(width=5.6, height=3.2)
-    colours = [COLOURS.get(name, GREEN) for name in models]
+    colours = [colour_of(name) for name in models]
     means = [model["reward"] for model in models.values()]
     bars = ax.bar([plain(name) for name in models], means, color=colours)
     ax.bar_label(bars, [f"{mean:z.2f}" for mean in means], padding=3)
@@ -554,9 +598,7 @@ def reward_against_judge(answers, names=("actor", "rlhf")):
             if len(here):
                 x, mean = (low + high) / 2, here.mean()
                 below.plot([x, x], share_interval(mean, len(here)), color=INK, linewidth=1.5)
-                below.plot(
-                    x, mean, "o", color=COLOURS.get(name, GREEN), markersize=5, clip_on=False
-                )
+                below.plot(x, mean, "o", color=colour_of(name), markersize=5, clip_on=False)
                 below.text(x, 1.05, f"{len(here)}", ha="center", fontsize=7.5, rotation=90)
         below.set(ylim=(0, 1), xlim=(edges[0], edges[-1]), xlabel="reward")
         below.set_ylabel(plain(mean_of) if not i else None)

@@ -68,6 +68,60 @@ def win_rate(own, other):
     return interval(0.5 + 0.5 * np.sign(own - other)[known]) | {"questions": int(known.sum())}
 
 
+WHO = ("judge", "reward", "watchdog")  # scores an answer, where there is such a one
+
+
+def win_rates(results, others, comparisons=()):
+    """{who compares: how often the answers win against the other answers to the same questions}.
+
+    `comparisons` are the lines of feedback.jsonl: a person counts who has compared these answers.
+    """
+    others = others[: len(results)]
+    scores = {who: [[r.get(who) for r in part] for part in (results, others)] for who in WHO}
+    scores["person"] = choices(results, others, comparisons)
+    found = {who: win_rate(*both) for who, both in scores.items() if both[0]}
+    return {who: rate for who, rate in found.items() if rate}
+
+
+def choices(results, others, comparisons):
+    """The choices of a person between two answers, as two lists of scores: 1 and 0, 0 and 1, or a
+    tie. Only comparisons of these very answers count."""
+    texts = {(r["prompt"], r["response"], o["response"]) for r, o in zip(results, others)}
+    own, other = [], []
+    for row in comparisons:
+        for mine, side, against in (("left", "left", "right"), ("right", "right", "left")):
+            key = row["prompt"], row[side], row[against]
+            if key in texts and row["choice"] != "skip":
+                own.append(float(row["choice"] == mine))
+                other.append(float(row["choice"] == against))
+    return own, other
+
+
+def differences(first, second):
+    """What the second model's answers score more than the first one's, on the questions that both
+    answered: a line for each score, with its interval by paired bootstrap."""
+    both = {r["prompt"]: r for r in first}
+    both = [(both[r["prompt"]], r) for r in second if r["prompt"] in both]
+    lines = []
+    for name in dict.fromkeys(
+        [*WHO, "length", *(x for _, r in both for x in r.get("metrics", {}))]
+    ):
+        pairs = [(score_of(a, name), score_of(b, name)) for a, b in both]
+        pairs = [pair for pair in pairs if None not in pair]
+        if pairs:
+            lines.append({"score": name} | difference_line(*zip(*pairs)))
+    return lines
+
+
+def difference_line(first, second):
+    means = {"first": float(np.mean(first)), "second": float(np.mean(second))}
+    return means | {"difference": paired_difference(first, second), "questions": len(first)}
+
+
+def score_of(result, name):
+    return result["metrics"].get(name) if name in result.get("metrics", {}) else result.get(name)
+
+
 def digits(value, like=None):
     """A number with two decimals; with fewer if it, or the number `like` it, is 10 or more."""
     whole = len(f"{abs(value if like is None else like):.0f}")
@@ -103,11 +157,17 @@ def calibration_error(said, right):
     return float((gap * table["count"]).sum() / table["count"].sum())
 
 
-def confidence(results):
-    """(probability, right or not) of each answer whose truth is known: how probable the model
-    found its own whole answer, and whether the judge gives it full marks."""
+def calibration_of(results):
+    """How well a model knows when it is right: the calibration error of its answers and the bins
+    behind it. It compares how probable the model found its whole answer with how often the judge
+    gives such answers full marks. None if no truth is known."""
     known = [r for r in results if r["judge"] is not None and r.get("logprob") is not None]
-    return [math.exp(r["logprob"]) for r in known], [float(r["judge"] > 0.99) for r in known]
+    if not known:
+        return None
+    said = [math.exp(min(0.0, r["logprob"])) for r in known]
+    right = [float(r["judge"] > 0.99) for r in known]
+    bins = reliability(said, right).drop(columns="predicted")
+    return {"error": calibration_error(said, right), "bins": bins.to_dict("records")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,6 +200,23 @@ def preference_summary(pairs):
         "margin": float((pairs["chosen"] - pairs["rejected"]).mean()),
         "pairs": len(pairs),
     }
+
+
+def logprob_table(chosen, rejected, tokens):
+    """Log-probs of the answers of each pair, and the number of tokens of the chosen one."""
+    return pd.DataFrame({"chosen": chosen, "rejected": rejected, "tokens": tokens}, dtype=float)
+
+
+def implicit_rewards(policy, actor, beta):
+    """DPO's implicit reward of both answers of each pair: beta times how much more likely the
+    policy finds an answer than the actor does. Both are tables of log-probs, see `read_pairs`."""
+    rewards = {x: beta * (policy[x] - actor[x]) for x in ("chosen", "rejected")}
+    return pd.DataFrame(rewards)
+
+
+def reference_perplexity(pairs):
+    """exp of the mean negative log-prob of the tokens of the chosen answers."""
+    return float(np.exp(-pairs["chosen"].sum() / pairs["tokens"].sum()))
 
 
 def critic_summary(pairs):
@@ -219,6 +296,20 @@ def said_before(prompts, texts):
     return sum(len(asked[text.strip()]) > 1 for text in texts) / len(texts) if texts else 0.0
 
 
+def most_changed(before, after, count=10):
+    """The questions whose answers moved furthest: the largest KL of the later model's answer, which
+    is how much likelier (as a log) it finds its own answer than the actor does."""
+    table = pd.DataFrame(
+        {
+            "prompt": [r["prompt"] for r in after],
+            "before": [r["response"] for r in before],
+            "after": [r["response"] for r in after],
+            "KL (nats)": [r["kl"] for r in after],
+        }
+    )
+    return table.nlargest(count, "KL (nats)").reset_index(drop=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # One model
 
@@ -226,6 +317,13 @@ def said_before(prompts, texts):
 def metrics_in(models):
     """The names of your own metrics, in their order."""
     return list(dict.fromkeys(x for model in models.values() for x in model.get("metrics") or {}))
+
+
+def categories_in(models):
+    """The names of the categories, in their order."""
+    return list(
+        dict.fromkeys(x for model in models.values() for x in model.get("categories") or {})
+    )
 
 
 def judged(results):
@@ -251,7 +349,7 @@ def summarise(sampled, greedy=()):
     table = pd.DataFrame(sampled)
     texts = list(table["response"])
     own = {"metrics": measured(sampled), "metrics_greedy": measured(greedy)}
-    found = {
+    return {
         "questions": len(table),
         "judge": judged(sampled),
         "judge_greedy": judged(greedy) if greedy else None,
@@ -261,10 +359,8 @@ def summarise(sampled, greedy=()):
         "distinct_2": distinct_2(texts),
         "self_bleu": self_bleu(texts),
         "said_before": said_before(list(table["prompt"]), texts),
+        "calibration": calibration_of(greedy),
     }
-    if (known := confidence(greedy))[0]:
-        found["calibration_error"] = calibration_error(*known)
-    return found
 
 
 def mean_of(table, name):

@@ -5,6 +5,8 @@ import html
 import io
 import json
 import math
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -20,26 +22,129 @@ from lab.measures import *  # noqa: F403
 
 
 def result_table(models):
-    """The table of 4_test: one row per model."""
-    rows, perplexity = {}, any("perplexity" in model for model in models.values())
+    """The main table of 4_test: one row per model. The others are in `detail_table`."""
+    rows, categories = {}, categories_in(models)
+    who = next((x for x in WHO if any(x in (m.get("wins") or {}) for m in models.values())), None)
     for name, m in models.items():
         judge, greedy = m["judge"], m.get("judge_greedy")
         row = {"questions": f"{m['questions']:,}"} if "questions" in m else {}
         if judge:
             row["judge, sampled"] = with_interval(judge)
             row["judge, greedy"] = f"{greedy['mean']:.2f}" if greedy else "-"
+        if categories:
+            graded = m.get("categories") or {}
+            row |= {x: f"{graded[x]['mean']:.2f}" if x in graded else "-" for x in categories}
+        elif judge:
             row |= {kind: f"{mean:.2f}" for kind, mean in judge["kinds"].items()}
+        if who:
+            row[f"beats the actor ({who})"] = with_interval((m.get("wins") or {}).get(who))
         row |= {
-            "reward": f"{m['reward']:z.2f}",
-            "KL (nats)": f"{m['kl']:z.2f}",
+            "reward": rounded(m["reward"]),
+            "KL (nats)": rounded(m["kl"]),
             "length (tokens)": f"{m['length']:.1f}",
             "distinct-2": f"{m['distinct_2']:.2f}",
             "ended": f"{m['eos']:.0%}",
         }
-        if perplexity:
-            row["perplexity"] = f"{m['perplexity']:,.1f}" if "perplexity" in m else "-"
         rows[name] = row
     return pd.DataFrame(rows).T.rename_axis("model")
+
+
+def share_right(found):
+    """The accuracy on pairs with its interval, from `preference_summary`."""
+    low, high = found["interval"]
+    return with_interval({"mean": found["accuracy"], "low": low, "high": high})
+
+
+def rounded(value):
+    """A number with two decimals; a dash if there is none."""
+    return "-" if value is None else f"{value:z.2f}"
+
+
+DETAILS = {  # figure: its key in a model's entry, and how to show it
+    "KL backwards (nats)": ("kl_backwards", rounded),
+    "perplexity of the reference answers": ("reference_perplexity", lambda x: f"{x:,.2f}"),
+    "perplexity of the plain text": ("perplexity", lambda x: f"{x:,.1f}"),
+    "calibration error": ("calibration", lambda found: f"{found['error']:.3f}"),
+    "implicit reward: right pairs": ("implicit_reward", share_right),
+    "implicit reward: margin": ("implicit_reward", lambda found: f"{found['margin']:z.2f}"),
+    "distinct-1": ("distinct_1", lambda x: f"{x:.3f}"),
+    "self-BLEU": ("self_bleu", rounded),
+    "answers said before": ("said_before", lambda x: f"{x:.0%}"),
+}
+
+
+def detail_table(models):
+    """All other figures of 4_test, one column per model."""
+    columns = {name: details_of(model) for name, model in models.items()}
+    titles = dict.fromkeys(title for column in columns.values() for title in column)
+    rows = {
+        title: {name: column.get(title, "-") for name, column in columns.items()}
+        for title in titles
+    }
+    return pd.DataFrame(rows).T.rename_axis("figure")
+
+
+def details_of(model):
+    """One model's win rates and categories with their intervals, then what DETAILS names."""
+    found = {}
+    for who, rate in (model.get("wins") or {}).items():
+        found[f"beats the actor ({who})"] = with_interval(rate)
+    for category, entry in (model.get("categories") or {}).items():
+        found[category] = with_interval(entry)
+        kinds = entry.get("kinds", {})
+        if len(kinds) > 1:
+            found |= {f"{category}: {kind}": f"{mean:.2f}" for kind, mean in kinds.items()}
+    for title, (key, show) in DETAILS.items():
+        if model.get(key) is not None:
+            found[title] = show(model[key])
+    return found
+
+
+def unread_note(models):
+    """A sentence about the answers whose script the rules of the categories cannot read; "" if
+    there are none."""
+    found = [
+        f"{entry['unread']} of {entry['prompts']} of {name} ({category})"
+        for name, model in models.items()
+        for category, entry in (model.get("categories") or {}).items()
+        if entry.get("unread")
+    ]
+    if not found:
+        return ""
+    return (
+        "The rules of the categories read English only: in answers in another script they find no "
+        f"refusal, no fact and no kind word. Such answers: {', '.join(found)}. "
+    )
+
+
+def preference_table(critics, models):
+    """Who is right about the held-out pairs: the reward models, and the implicit rewards of the
+    language models."""
+    implicit = {f"{name}, implicit reward": m.get("implicit_reward") for name, m in models.items()}
+    rows = [
+        {
+            "scores": name,
+            "right": share_right(x),
+            "margin": f"{x['margin']:z.2f}",
+            "pairs": f"{x['pairs']:,}",
+        }
+        for name, x in ((critics or {}) | implicit).items()
+        if x
+    ]
+    return pd.DataFrame(rows)
+
+
+def difference_table(lines, first, second):
+    """What `differences` found, as a table: both means, and the difference with its interval."""
+    return pd.DataFrame(
+        {
+            "score": [line["score"] for line in lines],
+            first: [digits(line["first"]) for line in lines],
+            second: [digits(line["second"]) for line in lines],
+            "difference": [with_interval(line["difference"]) for line in lines],
+            "questions": [f"{line['questions']:,}" for line in lines],
+        }
+    )
 
 
 def metric_table(models):
@@ -127,6 +232,7 @@ td,th{{padding:.3rem .7rem .3rem 0;border-bottom:1px solid #ccc;vertical-align:t
 .scroll{{overflow-x:auto}}figure{{margin:0}}img{{max-width:100%;height:auto}}
 @media (prefers-color-scheme:dark){{body{{color:#ddd;background:#161616}}
 td,th{{border-color:#444}}}}
+summary{{cursor:pointer;margin:.5rem 0}}
 @media (max-width:600px){{body{{margin:1rem auto;padding:0 .7rem}}}}</style></head>
 <body><h1>{heading}</h1>
 {body}
@@ -139,12 +245,19 @@ def page(title, heading, body):
     return PAGE.format(title=title, heading=heading, body=body)
 
 
-def parts(models, answers, beside, pairs):
+class Folded(NamedTuple):
+    """A table that the report shows only after a click."""
+
+    table: pd.DataFrame
+    summary: str
+
+
+def parts(models, answers, beside, pairs, critics=None):
     """What report.html shows, in this order: (title, table or figure, caption)."""
-    known = all(model["judge"] for model in models.values())
-    own, plain = metrics_in(models), any("perplexity" in model for model in models.values())
-    if known or own:
-        what = "The judge's mean score" if known else "The mean of each metric"
+    known, own = all(model["judge"] for model in models.values()), metrics_in(models)
+    if known or own or categories_in(models):
+        what = "The judge's mean score" if known else "The mean of each "
+        what += "" if known else "metric" if own else "category"
         told = f"{what}: dark bars for sampled answers, light bars for greedy answers, lines for "
         found = [("Sampled and greedy answers", judged_bars(models), f"{told}95 % intervals.")]
     else:
@@ -156,18 +269,30 @@ def parts(models, answers, beside, pairs):
             "Result",
             result_table(models),
             f"{'The judge scores between 0 and 1; in brackets its 95 % interval. ' * known}"
-            f"{'The columns of single kinds are for sampled answers. ' * known}"
+            f"{unread_note(models)}"
+            "Categories are for sampled answers. Beats the actor: how often an answer scores "
+            "higher than the actor's to the same question. "
             "Reward: standard deviations above the actor. KL: distance from the actor per answer. "
             "Distinct-2: share of different word pairs. Ended: answers that end by themselves. "
-            f"{'Perplexity on a plain text: lower is better. ' * plain}"
             "If a model has fewer questions, it answered the first ones of the same list.",
         )
     )
+    if len(details := detail_table(models)):
+        told = "KL backwards: KL(actor || model), from the actor's answers. Perplexity: lower is "
+        told += "better. Calibration error: how far the probability of a model's favourite answers "
+        told += "is from the share of them that is right. Self-BLEU: how alike answers to "
+        told += "different questions are, 1 if they are equal. Said before: answers that are also "
+        told += "the answer to another question."
+        found.append(("More figures", Folded(details, "Show all figures"), told))
     if own:
         told = "The mean of each metric; in brackets its 95 % interval."
         found.append(("Metrics", metric_table(models), told))
     told = "Held-out questions and one sampled answer of each model. No training has seen these "
     found.append(("Answers to the same questions", beside, f"{told}questions."))
+    if {"actor", "rlhf"} <= answers.keys():
+        told = "The ten questions with the largest KL of the policy's answer to the actor."
+        table = most_changed(answers["actor"], answers["rlhf"])
+        found.append(("What changed most", Folded(table, "Show the ten answers"), told))
     metric = stand_in(answers)
     if known or metric:
         what = f"how high {metric} is for them" if metric else "what the judge says about them"
@@ -181,6 +306,15 @@ def parts(models, answers, beside, pairs):
                 "with its 95 % interval and the number of answers.",
             )
         )
+    if picture := reliability_picture(models):
+        told = "How often the greedy answers are right (full marks of the judge), against how "
+        told += "probable the model finds them. Below the line a model is too sure of itself."
+        found.append(("Calibration of the models", picture, told))
+    told = "How often each score prefers the better answer of a held-out pair, and by how much. "
+    told += "The implicit reward is that of DPO: beta times how much more likely than the actor "
+    told += "a model finds an answer."
+    if len(right := preference_table(critics, models)):
+        found.append(("Who is right about pairs", right, told))
     if pairs is None:  # with a reward of your own there may be no reward model
         return found
     found.append(
@@ -212,6 +346,44 @@ def parts(models, answers, beside, pairs):
     return found
 
 
+def training_parts(folder):
+    """What report.html shows of the training of the policy, from its folder: curves, alerts, and
+    samples before and after."""
+    folder, algorithm = Path(folder), "ppo"
+    if (folder / "stage.json").exists():
+        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        algorithm = record["config"].get("algorithm", algorithm)
+    found, history = [], pd.DataFrame(lines_of(folder / "metrics.jsonl"))
+    shown = {name: panel for name, panel in panels(algorithm).items() if name in history}
+    if shown:
+        told = f"The training of the policy with {algorithm}, step by step."
+        found.append(("The training", curves(history, shown), told))
+    if (folder / "alerts.jsonl").exists():
+        alerts = pd.DataFrame(lines_of(folder / "alerts.jsonl"))
+        told = "What the training warned of." if len(alerts) else "The training raised no alert."
+        alerts = alerts[[x for x in ("step", "name", "sentence") if x in alerts]]
+        found.append(("Alerts", alerts if len(alerts) else told, *[told] * bool(len(alerts))))
+    samples = pd.DataFrame(lines_of(folder / "samples.jsonl"))
+    if {"step", "temperature", "prompt", "response"} <= set(samples):
+        told = "Greedy answers to the same prompts before and after the training."
+        found.append(("Samples", Folded(before_and_after(samples), "Show the samples"), told))
+    return found
+
+
+def lines_of(path):
+    """The lines of a JSON lines file; none if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def before_and_after(samples):
+    """The greedy answers of the first and of the last step in samples.jsonl, one line a prompt."""
+    samples = samples[samples["temperature"] == samples["temperature"].min()]
+    samples = samples.drop_duplicates(["step", "prompt"], keep="last").set_index("prompt")
+    first, last = (samples[samples["step"] == samples["step"].agg(x)] for x in ("min", "max"))
+    return pd.DataFrame({"before": first["response"], "after": last["response"]}).reset_index()
+
+
 def picture(figure):
     """A figure as an <img> that needs no other file, with its label as the alternative text."""
     data = io.BytesIO()
@@ -222,14 +394,28 @@ def picture(figure):
     return f'<img src="data:image/png;base64,{code}" alt="{alt}" width="{width}">'
 
 
-def write_answers(folder, sampled, greedy, temperature):
-    """answers.jsonl: a line for each answer of a model, sampled and greedy, from `evaluate`."""
-    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
-        for at, answers in ((temperature, sampled), (0.0, greedy)):
-            for model, results in answers.items():
-                for result in results:
-                    line = {"model": model, "temperature": at} | result
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def write_answers(folder, sampled, greedy, temperature, graded=None):
+    """answers.jsonl: a line for each answer of a model, sampled and greedy, from `evaluate`; and
+    categories.jsonl: a line for each answer to the prompts of the categories, if there are any."""
+    folder = Path(folder)
+    answers = ((sampled, temperature), (greedy, 0.0))
+    write_lines(
+        folder / "answers.jsonl",
+        (
+            {"model": model, "temperature": at} | result
+            for found, at in answers
+            for model, results in found.items()
+            for result in results
+        ),
+    )
+    lines = [{"model": name} | line for name, own in (graded or {}).items() for line in own]
+    if lines:
+        write_lines(folder / "categories.jsonl", lines)
+
+
+def write_lines(path, lines):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def write_report(folder, report, parts):
@@ -246,6 +432,9 @@ def write_report(folder, report, parts):
             shown = f"{told}<figure>{picture(part)}</figure>"
         elif isinstance(part, pd.DataFrame):
             shown = told + table_html(part)
+        elif isinstance(part, Folded):
+            shown = f"{told}<details><summary>{html.escape(part.summary)}</summary>"
+            shown += f"{table_html(part.table)}</details>"
         else:
             shown = f"<p>{html.escape(str(part))}</p>{told}"
         body.append(f"<section><h2>{html.escape(title)}</h2>\n{shown}</section>")
