@@ -1555,6 +1555,25 @@ def best_of(crew, rows, cfg, generator):
     return [result | {"kl": math.log(n) - (n - 1) / n} for result in best]
 
 
+def summarise(sampled, greedy, actor, watchdog=None):
+    """An entry of report.json as far as it needs only answers; `actor` are the actor's sampled
+    answers to the same questions and perhaps to more."""
+    watch(watchdog, sampled)
+    summary = measures.summarise(sampled, greedy)
+    summary["categories"] = categories.of_the_world(summary["judge"])
+    return summary | {"wins": measures.win_rates(sampled, actor)}
+
+
+def critics_to_test(cfg, watchdog=None):
+    """{name: reward model}: the one of 2_critic, the other members of its ensemble, the watchdog;
+    none where a reward of your own has made them unnecessary."""
+    if not has_record(cfg.root, "critic"):
+        return {}
+    first, *others = load_critics(cfg)
+    found = {"reward model": first} | {f"member {i}": one for i, one in enumerate(others, 1)}
+    return found | ({"watchdog": watchdog} if watchdog else {})
+
+
 @errors.plain_errors
 def evaluate_critic(critic, tokenizer, rows, cfg):
     """The reward model on held-out pairs: both scores of each pair, its kind and its flaw."""

@@ -113,7 +113,7 @@ def unread_note(models):
         return ""
     return (
         "The rules of the categories read English only: in answers in another script they find no "
-        f"refusal, no fact and no kind word. Such answers: {', '.join(found)}. "
+        f"refusal, no fact and no kind word. Such answers: {', '.join(found)}."
     )
 
 
@@ -121,17 +121,13 @@ def preference_table(critics, models):
     """Who is right about the held-out pairs: the reward models, and the implicit rewards of the
     language models."""
     implicit = {f"{name}, implicit reward": m.get("implicit_reward") for name, m in models.items()}
+    known = {name: x for name, x in ((critics or {}) | implicit).items() if x}
     rows = [
-        {
-            "scores": name,
-            "right": share_right(x),
-            "margin": f"{x['margin']:z.2f}",
-            "pairs": f"{x['pairs']:,}",
-        }
-        for name, x in ((critics or {}) | implicit).items()
-        if x
+        {"scores": name, "right": share_right(x), "margin": f"{x['margin']:z.2f}"}
+        | {"pairs": f"{x['pairs']:,}"}
+        for name, x in known.items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else None
 
 
 def difference_table(lines, first, second):
@@ -252,98 +248,93 @@ class Folded(NamedTuple):
     summary: str
 
 
+CAPTIONS = {
+    "Result": "Categories are for sampled answers. Beats the actor: how often an answer scores "
+    "higher than the actor's to the same question. Reward: standard deviations above the actor. "
+    "KL: distance from the actor per answer. Distinct-2: share of different word pairs. Ended: "
+    "answers that end by themselves. If a model has fewer questions, it answered the first ones of "
+    "the same list.",
+    "More figures": "KL backwards: KL(actor || model), from the actor's answers. Perplexity: lower "
+    "is better. Calibration error: how far the probability of a model's favourite answers is from "
+    "the share of them that is right. Implicit reward: see the pairs below. Self-BLEU: how alike "
+    "answers to different questions are, 1 if they are equal. Said before: answers that are also "
+    "the answer to another question.",
+    "Metrics": "The mean of each metric; in brackets its 95 % interval.",
+    "Answers to the same questions": "Held-out questions and one sampled answer of each model. No "
+    "training has seen these questions.",
+    "What changed most": "The ten questions with the largest KL of the policy's answer to the "
+    "actor.",
+    "Calibration of the models": "How often the greedy answers are right (full marks of the "
+    "judge), against how probable the model finds them. Below the line a model is too sure of "
+    "itself.",
+    "Who is right about pairs": "How often each score prefers the better answer of a held-out "
+    "pair, and by how much. The implicit reward is that of DPO: beta times how much likelier than "
+    "the actor, as a log, a model finds an answer.",
+    "The reward model on held-out pairs": "Scores of the answers that people chose and of those "
+    "that they rejected. A tie counts as half right.",
+    "What the reward model overlooks": "How often the reward model prefers the chosen answer, by "
+    "what is wrong with the rejected one.",
+    "Calibration of the reward model": "How often the higher score wins, against how often the "
+    "score difference predicts that it wins. Above the line the reward model is too cautious, "
+    "below it is too sure of itself.",
+}
+
+
 def parts(models, answers, beside, pairs, critics=None):
     """What report.html shows, in this order: (title, table or figure, caption)."""
-    known, own = all(model["judge"] for model in models.values()), metrics_in(models)
-    if known or own or categories_in(models):
-        what = "The judge's mean score" if known else "The mean of each "
-        what += "" if known else "metric" if own else "category"
-        told = f"{what}: dark bars for sampled answers, light bars for greedy answers, lines for "
-        found = [("Sampled and greedy answers", judged_bars(models), f"{told}95 % intervals.")]
-    else:
-        told = "The mean reward of each model. These rows have no judge, so nothing here says "
-        told += "whether a high reward means a good answer."
-        found = [("Reward", judged_bars(models), told)]
-    found.append(
-        (
-            "Result",
-            result_table(models),
-            f"{'The judge scores between 0 and 1; in brackets its 95 % interval. ' * known}"
-            f"{unread_note(models)}"
-            "Categories are for sampled answers. Beats the actor: how often an answer scores "
-            "higher than the actor's to the same question. "
-            "Reward: standard deviations above the actor. KL: distance from the actor per answer. "
-            "Distinct-2: share of different word pairs. Ended: answers that end by themselves. "
-            "If a model has fewer questions, it answered the first ones of the same list.",
-        )
-    )
+    found = [headline_part(models)]
+    shown = {"Result": result_table(models)}
     if len(details := detail_table(models)):
-        told = "KL backwards: KL(actor || model), from the actor's answers. Perplexity: lower is "
-        told += "better. Calibration error: how far the probability of a model's favourite answers "
-        told += "is from the share of them that is right. Self-BLEU: how alike answers to "
-        told += "different questions are, 1 if they are equal. Said before: answers that are also "
-        told += "the answer to another question."
-        found.append(("More figures", Folded(details, "Show all figures"), told))
-    if own:
-        told = "The mean of each metric; in brackets its 95 % interval."
-        found.append(("Metrics", metric_table(models), told))
-    told = "Held-out questions and one sampled answer of each model. No training has seen these "
-    found.append(("Answers to the same questions", beside, f"{told}questions."))
+        shown["More figures"] = Folded(details, "Show all figures")
+    if metrics_in(models):
+        shown["Metrics"] = metric_table(models)
+    shown["Answers to the same questions"] = beside
     if {"actor", "rlhf"} <= answers.keys():
-        told = "The ten questions with the largest KL of the policy's answer to the actor."
         table = most_changed(answers["actor"], answers["rlhf"])
-        found.append(("What changed most", Folded(table, "Show the ten answers"), told))
-    metric = stand_in(answers)
+        shown["What changed most"] = Folded(table, "Show the ten answers")
+    found += captioned(shown)
+    known, metric = all(model["judge"] for model in models.values()), stand_in(answers)
     if known or metric:
-        what = f"how high {metric} is for them" if metric else "what the judge says about them"
-        mean = f"the mean of {metric}" if metric else "the judge's mean"
-        found.append(
-            (
-                f"Reward and {metric or 'judge'}",
-                reward_against_judge(answers),
-                f"Above: how many answers got which reward, and {what}. Orange at a high reward "
-                f"means that the reward model is wrong. Below: {mean} in each range of rewards, "
-                "with its 95 % interval and the number of answers.",
-            )
-        )
-    if picture := reliability_picture(models):
-        told = "How often the greedy answers are right (full marks of the judge), against how "
-        told += "probable the model finds them. Below the line a model is too sure of itself."
-        found.append(("Calibration of the models", picture, told))
-    told = "How often each score prefers the better answer of a held-out pair, and by how much. "
-    told += "The implicit reward is that of DPO: beta times how much more likely than the actor "
-    told += "a model finds an answer."
-    if len(right := preference_table(critics, models)):
-        found.append(("Who is right about pairs", right, told))
-    if pairs is None:  # with a reward of your own there may be no reward model
-        return found
-    found.append(
-        (
-            "The reward model on held-out pairs",
-            score_histogram(pairs),
-            "Scores of the answers that people chose and of those that they rejected. A tie counts "
-            "as half right.",
-        )
-    )
-    if set(pairs["flaw"]) != {"unknown"}:
-        found.append(
-            (
-                "What the reward model overlooks",
-                by_flaw(pairs),
-                "How often the reward model prefers the chosen answer, by what is wrong with the "
-                "rejected one.",
-            )
-        )
-    found.append(
-        (
-            "Calibration of the reward model",
-            calibration(pairs),
-            "How often the higher score wins, against how often the score difference predicts that "
-            "it wins. Above the line the reward model is too cautious, below it is too sure of "
-            "itself.",
-        )
-    )
-    return found
+        found.append(reward_part(answers, metric))
+    shown = {"Calibration of the models": reliability_picture(models)}
+    shown["Who is right about pairs"] = preference_table(critics, models)
+    if pairs is not None:  # with a reward of your own there may be no reward model
+        shown["The reward model on held-out pairs"] = score_histogram(pairs)
+        if set(pairs["flaw"]) != {"unknown"}:
+            shown["What the reward model overlooks"] = by_flaw(pairs)
+        shown["Calibration of the reward model"] = calibration(pairs)
+    if note := unread_note(models):
+        found.append(("Answers that no rule reads", note))
+    return found + captioned(shown)
+
+
+def captioned(shown):
+    """{title: table or figure} as parts, without those that are empty."""
+    return [(title, x, CAPTIONS[title]) for title, x in shown.items() if x is not None]
+
+
+def headline_part(models):
+    """The picture at the top: the means of the judge, of metrics, of categories or of rewards."""
+    names = {
+        "The judge's mean score": all(model["judge"] for model in models.values()),
+        "The mean of each metric": metrics_in(models),
+        "The mean of each category": categories_in(models),
+    }
+    if what := next((name for name, there in names.items() if there), None):
+        told = f"{what}: dark bars for sampled answers, light bars for greedy answers, lines for "
+        return "Sampled and greedy answers", judged_bars(models), f"{told}95 % intervals."
+    told = "The mean reward of each model. These rows have no judge, so nothing here says whether "
+    return "Reward", judged_bars(models), f"{told}a high reward means a good answer."
+
+
+def reward_part(answers, metric):
+    """The reward against the judge, or against the metric that takes its place."""
+    what = f"how high {metric} is for them" if metric else "what the judge says about them"
+    mean = f"the mean of {metric}" if metric else "the judge's mean"
+    told = f"Above: how many answers got which reward, and {what}. Orange at a high reward means "
+    told += f"that the reward model is wrong. Below: {mean} in each range of rewards, with its "
+    told += "95 % interval and the number of answers."
+    return f"Reward and {metric or 'judge'}", reward_against_judge(answers), told
 
 
 def training_parts(folder):
