@@ -98,19 +98,30 @@ def choices(results, others, comparisons):
 
 
 def differences(first, second):
-    """What the second model's answers score more than the first one's, on the questions that both
-    answered: a line for each score, with its interval by paired bootstrap."""
-    both = {r["prompt"]: r for r in first}
-    both = [(both[r["prompt"]], r) for r in second if r["prompt"] in both]
-    lines = []
-    for name in dict.fromkeys(
-        [*WHO, "length", *(x for _, r in both for x in r.get("metrics", {}))]
-    ):
+    """How much more the second answers score than the first, on the questions that both answer: a
+    line for each score, with the interval of the difference by paired bootstrap."""
+    waiting, both, lines = {}, [], []
+    for result in first:
+        waiting.setdefault(result["prompt"], []).append(result)
+    for result in second:
+        if waiting.get(result["prompt"]):
+            both.append((waiting[result["prompt"]].pop(0), result))
+    own = dict.fromkeys(name for _, result in both for name in result.get("metrics", {}))
+    for name in (*WHO, "length", *own):
         pairs = [(score_of(a, name), score_of(b, name)) for a, b in both]
         pairs = [pair for pair in pairs if None not in pair]
         if pairs:
             lines.append({"score": name} | difference_line(*zip(*pairs)))
     return lines
+
+
+def as_result(line):
+    """The line of an answer in answers.jsonl as a result for `differences`: the score of a category
+    is a metric, and its prompts are none of the questions."""
+    if "category" not in line:
+        return line
+    prompt = f"{line['category']}: {line['prompt']}"
+    return {"prompt": prompt, "metrics": {line["category"]: line["score"]}}
 
 
 def difference_line(first, second):

@@ -31,6 +31,11 @@ WORDS = {  # of README.zh-CN.md
     "judge": "裁判",
     "judge, sampled": "裁判(采样)",
     "judge, greedy": "裁判(贪心)",
+    "helpful": "有用",
+    "harmless": "无害",
+    "honest": "诚实",
+    "empathetic": "共情",
+    "beats the actor (judge)": "胜过 actor(裁判)",
     "KL (nats)": "KL(nat)",
     "seconds": "秒",
 }
@@ -90,7 +95,7 @@ def answers(rows, words):
 
 def result(summary, accuracy, words):
     """The judge's columns of the table of 4_test, and the KL."""
-    frame = report.result_table(summary).drop(columns=LEFT_OUT)
+    frame = report.result_table(summary).drop(columns=LEFT_OUT, errors="ignore")
     rows = [[name, *row] for name, row in zip(frame.index, frame.to_numpy().tolist())]
     return table(["model", *frame.columns], rows, words) + accuracy
 

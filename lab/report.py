@@ -21,8 +21,9 @@ from lab.measures import *  # noqa: F403
 # Tables
 
 
-def result_table(models):
-    """The main table of 4_test: one row per model. The others are in `detail_table`."""
+def result_table(models, against="the actor"):
+    """The main table of 4_test: one row per model. The others are in `detail_table`. Win rates are
+    those against the model `against`."""
     rows, categories = {}, categories_in(models)
     who = next((x for x in WHO if any(x in (m.get("wins") or {}) for m in models.values())), None)
     for name, m in models.items():
@@ -37,7 +38,7 @@ def result_table(models):
         elif judge:
             row |= {kind: f"{mean:.2f}" for kind, mean in judge["kinds"].items()}
         if who:
-            row[f"beats the actor ({who})"] = with_interval((m.get("wins") or {}).get(who))
+            row[f"beats {against} ({who})"] = with_interval((m.get("wins") or {}).get(who))
         row |= {
             "reward": rounded(m["reward"]),
             "KL (nats)": rounded(m["kl"]),
@@ -73,9 +74,9 @@ DETAILS = {  # figure: its key in a model's entry, and how to show it
 }
 
 
-def detail_table(models):
+def detail_table(models, against="the actor"):
     """All other figures of 4_test, one column per model."""
-    columns = {name: details_of(model) for name, model in models.items()}
+    columns = {name: details_of(model, against) for name, model in models.items()}
     titles = dict.fromkeys(title for column in columns.values() for title in column)
     rows = {
         title: {name: column.get(title, "-") for name, column in columns.items()}
@@ -84,11 +85,11 @@ def detail_table(models):
     return pd.DataFrame(rows).T.rename_axis("figure")
 
 
-def details_of(model):
+def details_of(model, against):
     """One model's win rates and categories with their intervals, then what DETAILS names."""
     found = {}
     for who, rate in (model.get("wins") or {}).items():
-        found[f"beats the actor ({who})"] = with_interval(rate)
+        found[f"beats {against} ({who})"] = with_interval(rate)
     for category, entry in (model.get("categories") or {}).items():
         found[category] = with_interval(entry)
         kinds = entry.get("kinds", {})
@@ -385,23 +386,15 @@ def picture(figure):
     return f'<img src="data:image/png;base64,{code}" alt="{alt}" width="{width}">'
 
 
-def write_answers(folder, sampled, greedy, temperature, graded=None):
-    """answers.jsonl: a line for each answer of a model, sampled and greedy, from `evaluate`; and
-    categories.jsonl: a line for each answer to the prompts of the categories, if there are any."""
-    folder = Path(folder)
-    answers = ((sampled, temperature), (greedy, 0.0))
-    write_lines(
-        folder / "answers.jsonl",
-        (
-            {"model": model, "temperature": at} | result
-            for found, at in answers
-            for model, results in found.items()
-            for result in results
-        ),
-    )
-    lines = [{"model": name} | line for name, own in (graded or {}).items() for line in own]
-    if lines:
-        write_lines(folder / "categories.jsonl", lines)
+def answer_lines(examined, temperature):
+    """A line for each answer of each model: sampled, greedy, and to the prompts of categories."""
+    for name, one in examined.items():
+        for results, at in (
+            (one.sampled, temperature),
+            (one.greedy, 0.0),
+            (one.graded, temperature),
+        ):
+            yield from ({"model": name, "temperature": at} | result for result in results)
 
 
 def write_lines(path, lines):
