@@ -380,7 +380,7 @@ def reliability_picture(models):
         told.append(f"{name} {found['error']:.2f}")
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set(xlabel="probability of its own answer", ylabel="share that is right")
-    legend = figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+    legend = figure.legend(loc="outside upper center", ncols=4, fontsize=9)
     for dot in legend.legend_handles[1:]:
         dot.set_sizes([40])
     figure.set_label(f"Calibration of the models. Mean gap (ECE): {', '.join(told)}.")

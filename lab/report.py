@@ -44,7 +44,6 @@ def result_table(models, against="the actor"):
             "KL (nats)": rounded(m["kl"]),
             "length (tokens)": f"{m['length']:.1f}",
             "distinct-2": f"{m['distinct_2']:.2f}",
-            "ended": f"{m['eos']:.0%}",
         }
         rows[name] = row
     return pd.DataFrame(rows).T.rename_axis("model")
@@ -70,6 +69,7 @@ DETAILS = {  # figure: its key in a model's entry, and how to show it
     "implicit reward: margin": ("implicit_reward", lambda found: f"{found['margin']:z.2f}"),
     "distinct-1": ("distinct_1", lambda x: f"{x:.3f}"),
     "self-BLEU": ("self_bleu", rounded),
+    "ended by themselves": ("eos", lambda x: f"{x:.0%}"),
     "answers said before": ("said_before", lambda x: f"{x:.0%}"),
 }
 
@@ -222,7 +222,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}
-body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
+body{{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;
 color:#1a1a1a;background:#fff}}h1,h2{{line-height:1.2}}h2{{margin-top:2.5rem}}
 table{{border-collapse:collapse;font-size:14px}}
 td,th{{padding:.3rem .7rem .3rem 0;border-bottom:1px solid #ccc;vertical-align:top}}
@@ -252,9 +252,8 @@ class Folded(NamedTuple):
 CAPTIONS = {
     "Result": "Categories are for sampled answers. Beats the actor: how often an answer scores "
     "higher than the actor's to the same question. Reward: standard deviations above the actor. "
-    "KL: distance from the actor per answer. Distinct-2: share of different word pairs. Ended: "
-    "answers that end by themselves. If a model has fewer questions, it answered the first ones of "
-    "the same list.",
+    "KL: distance from the actor per answer. Distinct-2: share of different word pairs. If a model "
+    "has fewer questions, it answered the first ones of the same list.",
     "More figures": "KL backwards: KL(actor || model), from the actor's answers. Perplexity: lower "
     "is better. Calibration error: how far the probability of a model's favourite answers is from "
     "the share of them that is right. Implicit reward: see the pairs below. Self-BLEU: how alike "
@@ -266,8 +265,9 @@ CAPTIONS = {
     "What changed most": "The ten questions with the largest KL of the policy's answer to the "
     "actor.",
     "Calibration of the models": "How often the greedy answers are right (full marks of the "
-    "judge), against how probable the model finds them. Below the line a model is too sure of "
-    "itself.",
+    "judge), against how probable the model finds them, word for word. Below the line a model is "
+    "too sure of itself. A model that knows several wordings of an answer gives each of them a "
+    "part of the probability, so it stands above the line.",
     "Who is right about pairs": "How often each score prefers the better answer of a held-out "
     "pair, and by how much. The implicit reward is that of DPO: beta times how much likelier than "
     "the actor, as a log, a model finds an answer.",
