@@ -1415,7 +1415,7 @@ def examine(crew, rows, pairs, cfg, actor=None, watchdog=None):
         found.pairs = read_pairs(model, crew.tokenizer, pairs, cfg)
         summary["reference_perplexity"] = measures.reference_perplexity(found.pairs)
     if actor:
-        comparisons = label.scan(label.path_of(cfg.root))[0]
+        comparisons = label.scan(label.path_of(cfg.root, label.TEST_FILE))[0]
         summary["wins"] = measures.win_rates(sampled, actor.sampled, comparisons)
     if not actor or crew.reference is not model:
         first = actor or found

@@ -138,6 +138,12 @@ def add_label(commands):
         "--count", metavar="N", type=int, default=40, help="how many pairs to compare in all [40]"
     )
     label.add_argument(
+        "--report",
+        action="store_true",
+        help="compare the answers of actor and rlhf that 4_test has reported: it then shows how "
+        "often you prefer rlhf. No training reads these comparisons (dataset/compared.jsonl)",
+    )
+    label.add_argument(
         "--labeller",
         metavar="NAME",
         help="a reward or module.function that compares in your place: the higher number wins",
@@ -576,11 +582,13 @@ def label_pairs(args):
     cfg = util.Config.of(**given | {"root": str(root)})
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    find = label.pairs_of_report if args.report else util.pairs_to_ask
+    file = label.TEST_FILE if args.report else label.FILE
     if args.labeller:
-        done = label.simulate(cfg, util.pairs_to_ask, args.labeller, args.count, args.noise)
-        print(f"{args.labeller} has compared {done} pairs: {label.path_of(root)}")
+        done = label.simulate(cfg, find, args.labeller, args.count, args.noise, file)
+        print(f"{args.labeller} has compared {done} pairs: {label.path_of(root, file)}")
     else:
-        label.ask_in_terminal(label.Session(cfg, util.pairs_to_ask, args.count))
+        label.ask_in_terminal(label.Session(cfg, find, args.count, file=file))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ WHO = ("judge", "reward", "watchdog")  # scores an answer, where there is such a
 def win_rates(results, others, comparisons=()):
     """{who compares: how often the answers win against the other answers to the same questions}.
 
-    `comparisons` are the lines of feedback.jsonl: a person counts who has compared these answers.
+    `comparisons` are the lines of compared.jsonl: a person counts who has compared these answers.
     """
     others = others[: len(results)]
     scores = {who: [[r.get(who) for r in part] for part in (results, others)] for who in WHO}

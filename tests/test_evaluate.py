@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import util
-from lab import CourseError, categories, compare, measures, models, report, world
+from lab import CourseError, categories, compare, label, measures, models, report, world
 from lab import __main__ as driver
 
 # ------------------------------------------------------------------------------------- categories
@@ -288,6 +288,29 @@ def test_a_person_counts_who_compared_these_very_answers():
     found = measures.win_rates(own, old, lines)["person"]
     assert found["mean"] == 0.5 and found["questions"] == 3
     assert "person" not in measures.win_rates(own, old)
+
+
+def test_a_person_compares_the_answers_of_the_report_and_no_training_reads_it(tmp_path, capsys):
+    (tmp_path / "model" / "report").mkdir(parents=True)
+    lines = [
+        {"model": model, "temperature": at, "prompt": f"p{i}", "response": f"{model} " * length}
+        for model, length in (("actor", 1), ("rlhf", 3))
+        for at in (1.0, 0.0)
+        for i in range(4)
+    ]
+    lines += [{"model": "base", "temperature": 1.0, "prompt": "p0", "response": "base"}]
+    words = ["label", "--report", "--labeller", "length", "--count", "3"]
+    words += ["--preset", "smoke", "--set", f"root={tmp_path}", "--set", "device=cpu"]
+    assert driver.main(words) == 2
+    assert "run 4_test.ipynb first" in capsys.readouterr().err
+    report.write_lines(tmp_path / "model" / "report" / "answers.jsonl", lines)
+    assert driver.main(words) == 0
+    assert "compared 3 pairs" in capsys.readouterr().out
+    compared = label.scan(label.path_of(tmp_path, label.TEST_FILE))[0]
+    actor, rlhf = ([x for x in lines if x["model"] == m][:4] for m in ("actor", "rlhf"))
+    assert len(compared) == 3 and label.pairs_of(tmp_path) == []
+    assert measures.win_rates(rlhf, actor, compared)["person"]["mean"] == 1
+    assert measures.win_rates(actor, rlhf, compared)["person"]["mean"] == 0
 
 
 def test_differences_stand_between_the_same_questions():
