@@ -39,12 +39,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lab import (
     CourseError,
+    categories,
     checks,
     decoding,
     errors,
     fast_path,
     label,
     matmul,
+    measures,
     models,
     processes,
     splits,
@@ -1342,9 +1344,12 @@ def pair_logprobs(model, tokenizer, rows, cfg):
 
 
 @errors.plain_errors
-def evaluate(crew, rows, cfg, generator, *, temperature=None):
-    """One answer of the policy to each row: text, judge's score, your metrics, reward, KL, length,
-    eos. The judge's score is None for rows that do not say what a right answer is."""
+def evaluate(crew, rows, cfg, generator, *, temperature=None, kept=None):
+    """One answer of the policy to each row: text, judge's score, your metrics, reward, log-prob,
+    KL, length, eos. The judge's score is None for rows that do not say what a right answer is.
+
+    The list `kept` gets the tokens of each part and the log-probs of its answers.
+    """
     metrics = metrics_of(cfg)
 
     def work(part):
@@ -1352,13 +1357,17 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
         policy, tokenizer = crew.policy, crew.tokenizer
         tokens = answer_batch(policy, tokenizer, asked, cfg, generator, temperature)
         how = {"temperature": cfg.temperature, "entropy": False}
-        logprobs = response_logprobs(crew.policy, *tokens, **how)[0]
-        with crew.as_reference() as reference:
-            ref_logprobs = response_logprobs(reference, *tokens, **how)[0]
+        logprobs = ref_logprobs = response_logprobs(crew.policy, *tokens, **how)[0]
+        if crew.reference is not crew.policy:
+            with crew.as_reference() as reference:
+                ref_logprobs = response_logprobs(reference, *tokens, **how)[0]
+        if kept is not None:
+            kept.append((tokens, logprobs.sum(1)))
         texts = decode(crew.tokenizer, *tokens[2:])
         columns = {
             "response": texts,
             "reward": [None] * len(part),
+            "logprob": logprobs.sum(1).tolist(),
             "kl": kl_estimate(logprobs, ref_logprobs).sum(1).tolist(),
             "length": tokens[3].sum(1).tolist(),
             "eos": ended(*tokens[2:], stops_of(crew.policy, crew.tokenizer)).tolist(),
@@ -1378,6 +1387,125 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None):
         return answers
 
     return sum(in_parts(work, rows, cfg, crew.policy, generator), [])
+
+
+@dataclass
+class Examined:
+    """What 4_test finds out about one model."""
+
+    tokenizer: object
+    sampled: list  # the results of `evaluate` at cfg.temperature
+    greedy: list  # and at temperature 0
+    tokens: list  # what `evaluate` kept of the sampled answers
+    pairs: object  # how likely the model finds the held-out pairs, see `read_pairs`
+    graded: list = None  # its answers to the prompts of the categories
+    summary: dict = None  # its entry in report.json
+
+
+def examine(crew, rows, pairs, cfg, actor=None, watchdog=None):
+    """Everything that 4_test measures of one model, as an Examined. `actor` is what it has found
+    out about the actor, with which it compares; None if this is the actor."""
+    tokens, model = [], crew.policy
+    sampled = evaluate(crew, rows, cfg, rng_for(cfg, "test"), kept=tokens)
+    greedy = evaluate(crew, rows, cfg, rng_for(cfg, "test"), temperature=0)
+    watch(watchdog, sampled)
+    found = Examined(crew.tokenizer, sampled, greedy, tokens, None)
+    if actor and crew.reference is model:  # another tokenizer: its tokens cannot be compared
+        for answer in sampled + greedy:
+            answer["kl"] = None
+    found.summary = summary = measures.summarise(sampled, greedy)
+    say = partial(category_answers, crew, cfg)
+    summary["categories"], found.graded = categories.graded(cfg, summary["judge"], say)
+    if cfg.plain_text:
+        summary["perplexity"] = perplexity(model, crew.tokenizer, cfg)
+    if pairs:
+        found.pairs = read_pairs(model, crew.tokenizer, pairs, cfg)
+        summary["reference_perplexity"] = measures.reference_perplexity(found.pairs)
+    if actor:
+        comparisons = label.scan(label.path_of(cfg.root, label.TEST_FILE))[0]
+        summary["wins"] = measures.win_rates(sampled, actor.sampled, comparisons)
+    if not actor or crew.reference is not model:
+        first = actor or found
+        summary["kl_backwards"] = backward_kl(model, first.tokens, cfg) if actor else 0.0
+        if pairs:
+            implicit = measures.implicit_rewards(found.pairs, first.pairs, cfg.dpo_beta)
+            summary["implicit_reward"] = measures.preference_summary(implicit)
+    return found
+
+
+def examine_models(cfg, names, rows, pairs, reward, watchdog=None, actor="actor"):
+    """{name: Examined} of some models: stages, folders or names on the hub. All of them are
+    compared with the model `actor`, which is one of them."""
+    tokenizer, reference = load_named(cfg, actor)
+    crew = Crew(tokenizer, reference, reference, reward)
+    first = examine(crew, rows, pairs, cfg, watchdog=watchdog)
+    found = dict.fromkeys(names, first)
+    for name in (name for name in names if name != actor):
+        own, model = load_named(cfg, name)
+        alike = own.get_vocab() == tokenizer.get_vocab()
+        crew = Crew(own, model, reference if alike else model, reward)
+        found[name] = examine(crew, rows, pairs, cfg, first, watchdog)
+    return found
+
+
+def models_to_test(cfg):
+    """The names of the models of 4_test."""
+    return ["base", "actor", "rlhf", *filter(None, map(str.strip, cfg.extra_models.split(",")))]
+
+
+def load_named(cfg, name):
+    """The tokenizer and the language model of a stage, of a folder or of a name on the hub."""
+    if name in ("base", "actor", "rlhf"):
+        return load_pair(cfg, name)
+    places = Path(cfg.root) / "model" / name, Path(cfg.root) / name, Path(name).expanduser()
+    return load_both(cfg, next((str(p) for p in places if p.exists()), name), name)
+
+
+def load_watchdog(cfg):
+    """The second reward model, which learned from pairs that the first never saw; None if there is
+    none."""
+    folder = Path(cfg.root) / "model" / "critic" / "watchdog"
+    return RewardModel(folder, cfg) if folder.is_dir() else None
+
+
+def watch(watchdog, results):
+    """Adds the score of the second reward model to each answer."""
+    if watchdog and results:
+        texts = [result["prompt"] for result in results], [r["response"] for r in results]
+        for result, score in zip(results, ask(watchdog, *texts, "watchdog")[0].tolist()):
+            result["watchdog"] = score
+
+
+def category_answers(crew, cfg, prompts):
+    """A sampled answer of the policy to each prompt, as text."""
+    parts = generate_answers(
+        crew.policy, crew.tokenizer, prompts, cfg, rng_for(cfg, "categories"),
+        then=lambda *tokens: decode(crew.tokenizer, *tokens[2:]),
+    )  # fmt: skip
+    return sum(parts, [])
+
+
+@errors.plain_errors
+def read_pairs(model, tokenizer, pairs, cfg):
+    """How likely a language model finds the answers of each pair: a table with the summed log-probs
+    of chosen and rejected, and the number of tokens of chosen."""
+    work = partial(pair_logprobs, model, tokenizer, cfg=cfg)
+    parts = [part[:2] for part in in_parts(work, pairs, cfg, model)]
+    chosen, rejected = (torch.cat(column).tolist() for column in zip(*parts))
+    answers = encoder(tokenizer).answers([row["chosen"] for row in pairs], cfg.max_new_tokens)
+    return measures.logprob_table(chosen, rejected, [len(ids) for ids in answers])
+
+
+def backward_kl(model, kept, cfg):
+    """KL(actor || policy), from the actor's answers that `evaluate` kept: how much likelier the
+    actor finds its own answers than the policy does. It is large where the policy has unlearned
+    what the actor says; KL(policy || actor) is large where the policy says something new."""
+    gaps = []
+    for tokens, logprobs in kept:
+        with torch.no_grad(), models.eval_mode(model), models.autocast(cfg, model):
+            own, _ = response_logprobs(model, *tokens, temperature=cfg.temperature, entropy=False)
+        gaps += (logprobs - own.sum(1)).tolist()
+    return sum(gaps) / len(gaps)
 
 
 def metrics_of(cfg):
@@ -1432,6 +1560,25 @@ def best_of(crew, rows, cfg, generator):
     results = evaluate(crew, [row for row in rows for _ in range(n)], cfg, generator)
     best = [max(group, key=lambda r: r["reward"]) for group in chunks(results, n)]
     return [result | {"kl": math.log(n) - (n - 1) / n} for result in best]
+
+
+def summarise(sampled, greedy, actor, watchdog=None):
+    """An entry of report.json as far as it needs only answers; `actor` are the actor's sampled
+    answers to the same questions and perhaps to more."""
+    watch(watchdog, sampled)
+    summary = measures.summarise(sampled, greedy)
+    summary["categories"] = categories.of_the_world(summary["judge"])
+    return summary | {"wins": measures.win_rates(sampled, actor)}
+
+
+def critics_to_test(cfg, watchdog=None):
+    """{name: reward model}: the one of 2_critic, the other members of its ensemble, the watchdog;
+    none where a reward of your own has made them unnecessary."""
+    if not has_record(cfg.root, "critic"):
+        return {}
+    first, *others = load_critics(cfg)
+    found = {"reward model": first} | {f"member {i}": one for i, one in enumerate(others, 1)}
+    return found | ({"watchdog": watchdog} if watchdog else {})
 
 
 @errors.plain_errors

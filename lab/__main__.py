@@ -1,9 +1,9 @@
 """python -m lab: runs the course without a browser.
 
 Papermill runs the notebook of each stage; `course` runs all five notebooks. `chat` talks to a
-trained model, `label` asks you which of two answers is better, `data` shows how data of yours are
-read, `compare` draws two runs on one page, `push` uploads a model to the hub, `world` writes the
-embedded data, and `address` enters the repository's address.
+trained model, `evaluate` measures models, `label` asks you which of two answers is better, `data`
+shows how data of yours are read, `compare` draws two runs on one page, `push` uploads a model to
+the hub, `world` writes the embedded data, and `address` enters the repository's address.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def parser():
     add_world(commands)
     add_notebooks(commands)
     add_chat(commands)
+    add_evaluate(commands)
     add_label(commands)
     add_data(commands)
     add_parameters(commands)
@@ -119,12 +120,36 @@ def add_chat(commands):
     chat.add_argument("--seed", metavar="N", help="the same as --set seed=N")
 
 
+def add_evaluate(commands):
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure models, and how they differ",
+        description=f"{EVALUATE_NOTE} {TABLE_NOTE}",
+    )
+    evaluate.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="base, actor, rlhf, a folder, or a name on the hub; all are compared with the first",
+    )
+    evaluate.add_argument(
+        "--prompts", metavar="FILE", help="the prompts, in any form that data may have [eval.json]"
+    )
+    evaluate.add_argument("--out", metavar="FILE", help="write every answer as a line of JSON")
+
+
 def add_label(commands):
     label = commands.add_parser(
         "label", help="compare answers of the actor", description=f"{LABEL_NOTE} {TABLE_NOTE}"
     )
     label.add_argument(
         "--count", metavar="N", type=int, default=40, help="how many pairs to compare in all [40]"
+    )
+    label.add_argument(
+        "--report",
+        action="store_true",
+        help="compare the answers of actor and rlhf that 4_test has reported: it then shows how "
+        "often you prefer rlhf. No training reads these comparisons (dataset/compared.jsonl)",
     )
     label.add_argument(
         "--labeller",
@@ -157,7 +182,7 @@ def add_data(commands):
 
 def add_parameters(commands):
     """Lets the commands above take parameters, and explain them in their help."""
-    for name in (*STAGES, "course", "chat", "label", "data"):
+    for name in (*STAGES, "course", "chat", "evaluate", "label", "data"):
         command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
         command.add_argument(
@@ -225,6 +250,12 @@ CHAT_NOTE = (
     "missing mark at the end, and the model gets the question in its usual spelling. An empty line "
     "or Ctrl-C ends the chat."
 )
+EVALUATE_NOTE = (
+    "Lets each model answer the prompts, sampled and greedy, and prints what 4_test measures: the "
+    "judge's scores where the judge knows the question, metrics, categories, rewards where there "
+    "is a reward model, variety, and the distance from the first model. Below stands how the other "
+    "models differ from the first, with 95 % intervals by paired bootstrap."
+)
 LABEL_NOTE = (
     "Shows two answers of the actor to the same question and asks which is better. Every choice is "
     "a line of dataset/feedback.jsonl; you may stop at any time and go on later. 2_critic and DPO "
@@ -236,7 +267,8 @@ def read_by(command):
     """The fields of Config that a command reads; `course` reads all of them."""
     from util import Config
 
-    stage = "all" if command in ("chat", "label", "data") else STAGES.get(command, ("", None))[1]
+    known = {name: stage for name, (_, stage) in STAGES.items()} | {"evaluate": "test"}
+    stage = known.get(command, "all" if command in ("chat", "label", "data") else None)
     return [f for f in fields(Config) if stage is None or {"all", stage} & {*f.metadata["stages"]}]
 
 
@@ -415,6 +447,9 @@ def show_result(folder):
     if judged:
         print("\nThe judge's means by kind of question, sampled / greedy")
         print_aligned(by_kind(models))
+    if not judged and any(model.get("categories") for model in models.values()):
+        print("\nThe means of the categories")
+        print_aligned(by_category(models))
     accuracy = (report.get("critic") or {}).get("accuracy")
     if accuracy is not None:
         print(f"\nThe reward model is right about {accuracy:.0%} of the held-out pairs.")
@@ -467,6 +502,16 @@ def by_kind(models):
         yield line
 
 
+def by_category(models):
+    """The lines of the categories' means, with a column for each model."""
+    yield ["category", *models]
+    for name in dict.fromkeys(
+        x for model in models.values() for x in model.get("categories") or {}
+    ):
+        found = [(model.get("categories") or {}).get(name) for model in models.values()]
+        yield [name, *(number(entry and entry["mean"], ".2f") for entry in found)]
+
+
 def print_aligned(lines):
     """Prints rows of texts as columns, the first column to the left."""
     lines = list(lines)
@@ -514,6 +559,52 @@ def answer_ids(cfg, tokenizer, model, temperature, row, number):
 
 
 # ------------------------------------------------------------------------------------------------
+# Measuring models
+
+
+@plain_errors
+def evaluate_models(args):
+    """Prints what is measured of some models, and how the others differ from the first."""
+    from transformers.utils import logging as transformers_logging
+
+    import util
+    from lab import report, runs
+    from lab.data import with_pairs
+
+    given, root = parameters(args)
+    cfg = util.Config.of(**given | {"root": str(root)})
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    rows = util.splits.rows_of(cfg, args.prompts) if args.prompts else util.load_eval_rows(cfg)
+    names, trained = list(dict.fromkeys(args.models)), runs.has_record(root, "critic")
+    rewards = (util.load_reward(cfg), util.load_watchdog(cfg)) if trained else (None, None)
+    found = util.examine_models(cfg, names, rows, with_pairs(rows), *rewards, actor=names[0])
+    models = {name: one.summary for name, one in found.items()}
+    print(f"{len(rows)} prompts. In brackets stand 95 % intervals.\n")
+    for table in (report.result_table(models, names[0]).T, report.detail_table(models, names[0])):
+        print_aligned(table_lines(table))
+    for name in names[1:]:
+        lines = report.differences(scored(found[names[0]]), scored(found[name]))
+        print(f"\nWhat {name} scores more than {names[0]}")
+        table = report.difference_table(lines, names[0], name)
+        print_aligned([list(table), *table.to_numpy().tolist()])
+    if args.out:
+        report.write_lines(args.out, report.answer_lines(found, cfg.temperature))
+        print(f"\nEvery answer: {args.out}")
+
+
+def scored(one):
+    """The sampled answers of a model, and those to the prompts of the categories."""
+    from lab.report import as_result
+
+    return one.sampled + list(map(as_result, one.graded))
+
+
+def table_lines(table):
+    return [["", *table.columns], *([name, *row] for name, row in zip(table.index, table.values))]
+
+
+# ------------------------------------------------------------------------------------------------
 # Comparing answers
 
 
@@ -531,11 +622,13 @@ def label_pairs(args):
     cfg = util.Config.of(**given | {"root": str(root)})
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    find = label.pairs_of_report if args.report else util.pairs_to_ask
+    file = label.TEST_FILE if args.report else label.FILE
     if args.labeller:
-        done = label.simulate(cfg, util.pairs_to_ask, args.labeller, args.count, args.noise)
-        print(f"{args.labeller} has compared {done} pairs: {label.path_of(root)}")
+        done = label.simulate(cfg, find, args.labeller, args.count, args.noise, file)
+        print(f"{args.labeller} has compared {done} pairs: {label.path_of(root, file)}")
     else:
-        label.ask_in_terminal(label.Session(cfg, util.pairs_to_ask, args.count))
+        label.ask_in_terminal(label.Session(cfg, find, args.count, file=file))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -601,6 +694,7 @@ COMMANDS = {  # all others run notebooks
     "data": show_data,
     "label": label_pairs,
     "chat": chat,
+    "evaluate": evaluate_models,
     "compare": compare_runs,
     "push": push_stage,
     "address": enter_address,

@@ -246,10 +246,42 @@ def result_parts(found, runs):
             names = ", ".join(f"model/{name}" for name in stale)
             told.append(f"the report of {letter} was made from another version of {names}")
     parts = [report.table_html(in_pairs(one)) for one in (tables, metrics) if one]
+    moved = answer_differences(*(folder for folder, _ in found.values()))
+    if len(moved):
+        parts.append(
+            "<p>Sampled answers to the same questions: what B scores more than A, with the "
+            "95 % interval of the difference (paired bootstrap).</p>"
+        )
+        parts.append(report.table_html(moved))
     a, b = (record for _, record in found.values())
     if a.get("data") != b.get("data"):
         told.append("the two reports answer different questions, because eval.json differs")
     return [*parts, *(f"<p>{html.escape(text[0].upper() + text[1:])}.</p>" for text in told)]
+
+
+def answer_differences(first, second):
+    """Returns a table of the differences between the answers of two reports, model by model; equal
+    models are left out."""
+    found, tables = [sampled_answers(folder) for folder in (first, second)], []
+    for name in found[0]:
+        lines = report.differences(found[0][name], found[1].get(name, []))
+        if any(line["difference"]["mean"] for line in lines):
+            table = report.difference_table(lines, "A", "B")
+            table.insert(0, "model", name)
+            tables.append(table)
+    return pd.concat(tables) if tables else pd.DataFrame()
+
+
+def sampled_answers(folder):
+    """Returns {model: its sampled answers} of a report."""
+    found = {}
+    try:
+        for line in report.lines_of(folder / "answers.jsonl"):
+            if line["temperature"]:
+                found.setdefault(line["model"], []).append(report.as_result(line))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CourseError(f"{folder / 'answers.jsonl'} cannot be read.") from None
+    return found
 
 
 def of_run(letter, table):

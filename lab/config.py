@@ -279,7 +279,7 @@ class Config(Settings):
         False, "rlhf", "stop the run on an alert (high KL, empty answers, answers without eos)"
     )
     sample_every: int = knob(5, "rlhf", "steps between sample answers to a fixed set of prompts")
-    dpo_beta: float = knob(0.3, "rlhf", "DPO: beta, which keeps the policy near the reference")
+    dpo_beta: float = knob(0.3, "rlhf test", "DPO: beta, which keeps the policy near the reference")
     dpo_lr: float = knob(2e-4, "rlhf", "DPO: peak learning rate")
     dpo_batch: int = knob(32, "rlhf", "DPO: pairs per step")
     dpo_epochs: int = knob(1, "rlhf", "DPO: passes over the pairs")
@@ -298,6 +298,15 @@ class Config(Settings):
     )
     plain_text: str = knob(
         "", "test", "text file in root or beside the notebooks: each model's perplexity on it"
+    )
+    categories: str = knob(
+        "auto",
+        "test",
+        "auto: helpful, harmless, honest, empathetic; none; or your own as "
+        "name:prompts-file:module.function, separated by commas",
+    )
+    extra_models: str = knob(
+        "", "test", "more models to test: folders or names on the hub, separated by commas"
     )
 
     presets = PRESETS

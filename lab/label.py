@@ -1,7 +1,8 @@
 """People compare two answers of the actor: in a notebook, in the terminal, or simulated.
 
 Every comparison is a line of dataset/feedback.jsonl with prompt, left, right, choice and by. The
-file is the only state: whoever opens it again goes on where the file ends.
+file is the only state: whoever opens it again goes on where the file ends. Comparisons of answers
+that 4_test has reported go to dataset/compared.jsonl, because no training may read them.
 """
 
 import html
@@ -22,7 +23,8 @@ from lab.errors import explained
 from lab.rewards import SHIPPED, ask, named
 from lab.splits import rng_for
 
-FILE = "feedback.jsonl"
+FILE = "feedback.jsonl"  # to learn from
+TEST_FILE = "compared.jsonl"  # to test with
 CHOICES = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
 PAUSE = 0.3  # seconds in which nobody reads a pair: the second click of a double click is no answer
 
@@ -30,8 +32,8 @@ PAUSE = 0.3  # seconds in which nobody reads a pair: the second click of a doubl
 # The file
 
 
-def path_of(root):
-    return Path(root) / "dataset" / FILE
+def path_of(root, file=FILE):
+    return Path(root) / "dataset" / file
 
 
 def scan(path):
@@ -142,6 +144,23 @@ def in_common(one, other):
     return len(letters & others) / len(letters | others)
 
 
+def pairs_of_report(cfg, count):
+    """Returns pairs of the sampled answers of actor and rlhf to the questions of 4_test."""
+    path, found = Path(cfg.root) / "model" / "report" / "answers.jsonl", {}
+    if not path.exists():
+        raise CourseError(f"{path} does not exist: run 4_test.ipynb first.")
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        row = json.loads(line or "{}")
+        if row.get("temperature") and row["model"] in ("actor", "rlhf") and "category" not in row:
+            found.setdefault(row["prompt"], {})[row["model"]] = row["response"]
+    pairs = [
+        {"prompt": prompt, "left": both["actor"], "right": both["rlhf"]}
+        for prompt, both in found.items()
+        if len({text.strip() for text in both.values()}) == 2
+    ]
+    return pairs[:count]
+
+
 def key(pair):
     """What makes a pair the same pair, whichever answer is on the left."""
     return pair["prompt"], frozenset((pair["left"], pair["right"]))
@@ -161,9 +180,9 @@ class Session:
     `pairs(cfg, count)` returns pairs to ask, the first ones first; `util.pairs_to_ask` does.
     """
 
-    def __init__(self, cfg, pairs, count, by="person"):
+    def __init__(self, cfg, pairs, count, by="person", file=FILE):
         self.cfg, self.find, self.count, self.by = cfg, pairs, count, by
-        self.path = path_of(cfg.root)
+        self.path = path_of(cfg.root, file)
 
     @cached_property
     def pairs(self):
@@ -200,7 +219,8 @@ class Session:
         if self.current:
             return f"{done} of {self.count}"
         end = "" if done >= self.count else " There are no more pairs."
-        return f"{done} of {self.count}.{end} Now train the reward model again: it reads {FILE}."
+        reader = "run 4_test" if self.path.name == TEST_FILE else "train the reward model"
+        return f"{done} of {self.count}.{end} Now {reader} again: it reads {self.path.name}."
 
 
 def question_of(prompt):
@@ -215,13 +235,14 @@ def question_of(prompt):
 # A simulated person
 
 
-def simulate(cfg, pairs, person, count=40, noise=0.0):
+def simulate(cfg, pairs, person, count=40, noise=0.0, file=FILE):
     """Lets a function compare pairs in place of a person; returns how many it has compared.
 
     `person` names a function (prompts, responses) -> numbers: a built-in reward or module.function.
     The higher number wins, equal numbers are a tie, and a share `noise` of the choices is reversed.
     """
-    score, session = named("person", person, SHIPPED), Session(cfg, pairs, count, by=person)
+    score = named("person", person, SHIPPED)
+    session = Session(cfg, pairs, count, by=person, file=file)
     while pair := session.current:
         texts = [pair["left"], pair["right"]]
         left, right = ask(score, [pair["prompt"]] * 2, texts, "person")[0].tolist()

@@ -72,8 +72,12 @@ def explain(cfg, stage):
         for f in fields(cfg)
         if {stage, "all"} & set(f.metadata["stages"])
     ]
-    title = f"All {len(rows)} parameters of this notebook (click)"
-    summary, table = f"<summary>{title}</summary>", pd.DataFrame(rows)
+    fold(f"All {len(rows)} parameters of this notebook (click)", pd.DataFrame(rows))
+
+
+def fold(title, table):
+    """A table that shows only its title until you click on it."""
+    summary = f"<summary>{escape(title)}</summary>"
     bundle(
         title + "\n" + as_text(table),
         **{

@@ -237,7 +237,11 @@ def scores_of(root, stage, record):
             interval = f"{mean['low']:.3f} to {mean['high']:.3f}"
             lines.append((f"{metric}, sampled answers", f"{mean['mean']:.3f} ({interval})"))
         units = {"reward": "reward", "kl": "KL to the actor (nats)", "length": "length (tokens)"}
-        lines += [(unit, f"{found[key]:z.2f}") for key, unit in units.items() if key in found]
+        lines += [
+            (unit, f"{found[key]:z.2f}")
+            for key, unit in units.items()
+            if found.get(key) is not None
+        ]
     rows = "\n".join(f"| {cell(what)} | {value} |" for what, value in lines)
     about = "Held-out questions that no training has seen."
     if any(what.startswith("judge") for what, _ in lines):

@@ -1,7 +1,7 @@
 """python -m lab.record: the last headless run becomes what the repository shows.
 
 The notebooks of the run, with their outputs, become the committed ones. The tables and pictures of
-README.md, README.zh-CN.md and docs/ are written anew from model/report and docs/algorithms.json.
+README.md, README.zh-CN.md and docs/ are written anew from model/report and the JSON files in docs/.
 """
 
 import json
@@ -31,6 +31,11 @@ WORDS = {  # of README.zh-CN.md
     "judge": "裁判",
     "judge, sampled": "裁判(采样)",
     "judge, greedy": "裁判(贪心)",
+    "helpful": "有用",
+    "harmless": "无害",
+    "honest": "诚实",
+    "empathetic": "共情",
+    "beats the actor (judge)": "胜过 actor(裁判)",
     "KL (nats)": "KL(nat)",
     "seconds": "秒",
 }
@@ -90,7 +95,7 @@ def answers(rows, words):
 
 def result(summary, accuracy, words):
     """The judge's columns of the table of 4_test, and the KL."""
-    frame = report.result_table(summary).drop(columns=LEFT_OUT)
+    frame = report.result_table(summary).drop(columns=LEFT_OUT, errors="ignore")
     rows = [[name, *row] for name, row in zip(frame.index, frame.to_numpy().tolist())]
     return table(["model", *frame.columns], rows, words) + accuracy
 
@@ -107,6 +112,70 @@ def algorithms(runs, words, chosen=None):
             seconds = f"{spent:.0f}" if spent else "-"
             rows.append([name, sampled, greedy, f"{mean(run['KL'] for run in own):.2f}", seconds])
     return table(["", "judge, sampled", "judge, greedy", "KL (nats)", "seconds"], rows, words)
+
+
+def evaluation(runs):
+    """The figures of bench/evaluate.py: means over the seeds, in brackets the lowest and the
+    highest; models are columns."""
+    models = {name: [run["models"][name] for run in runs] for name in runs[0]["models"]}
+    critics = {name: [run["critics"][name] for run in runs] for name in runs[0]["critics"]}
+    rows = [
+        [title, *(spread(get, found) for found in models.values())]
+        for title, get in FIGURES.items()
+    ]
+    right = table(
+        ["", "accuracy", "margin", "calibration error"],
+        [
+            [
+                name,
+                *(
+                    spread(lambda x, key=key: x[key], found)
+                    for key in ("accuracy", "margin", "calibration_error")
+                ),
+            ]
+            for name, found in critics.items()
+        ],
+        {},
+    )
+    return table(["", *models], rows, {}) + "\n" + right
+
+
+def spread(get, found):
+    """The mean over the seeds, and the lowest and the highest where there are several."""
+    try:
+        values = [get(one) for one in found]
+    except (KeyError, TypeError):
+        return "-"
+    if None in values:
+        return "-"
+    low, high = min(values), max(values)
+    more = f" ({report.digits(low, high)} to {report.digits(high)})" if len(values) > 1 else ""
+    return report.digits(mean(values), high) + more
+
+
+FIGURES = {  # row of the table in docs/evaluation.md: where it stands in an entry of report.json
+    "judge, sampled": lambda m: m["judge"]["mean"],
+    "judge, greedy": lambda m: m["judge_greedy"]["mean"],
+    "helpful": lambda m: m["categories"]["helpful"]["mean"],
+    "harmless": lambda m: m["categories"]["harmless"]["mean"],
+    "honest": lambda m: m["categories"]["honest"]["mean"],
+    "empathetic": lambda m: m["categories"]["empathetic"]["mean"],
+    "beats the actor (judge)": lambda m: m["wins"]["judge"]["mean"],
+    "beats the actor (reward)": lambda m: m["wins"]["reward"]["mean"],
+    "beats the actor (watchdog)": lambda m: m["wins"]["watchdog"]["mean"],
+    "reward": lambda m: m["reward"],
+    "KL (nats)": lambda m: m["kl"],
+    "KL backwards (nats)": lambda m: m["kl_backwards"],
+    "implicit reward: right pairs": lambda m: m["implicit_reward"]["accuracy"],
+    "implicit reward: margin": lambda m: m["implicit_reward"]["margin"],
+    "perplexity of the reference answers": lambda m: m["reference_perplexity"],
+    "calibration error": lambda m: m["calibration"]["error"],
+    "length (tokens)": lambda m: m["length"],
+    "distinct-1": lambda m: m["distinct_1"],
+    "distinct-2": lambda m: m["distinct_2"],
+    "self-BLEU": lambda m: m["self_bleu"],
+    "answers said before": lambda m: m["said_before"],
+}
 
 
 def real(runs, words):
@@ -170,6 +239,9 @@ def pages(root):
         fill(HOME / name, "result", result(summary, text, words))
         fill(HOME / name, "algorithms", algorithms(runs, words, main))
     fill(docs / "algorithms.md", "algorithms", algorithms(runs, {}))
+    if (docs / "evaluation.json").exists():
+        runs = json.loads((docs / "evaluation.json").read_text(encoding="utf-8"))
+        fill(docs / "evaluation.md", "evaluation", evaluation(runs))
     if (docs / "real.json").exists():
         runs = json.loads((docs / "real.json").read_text(encoding="utf-8"))
         for path, words in ((HOME / "README.md", {}), (HOME / "README.zh-CN.md", WORDS)):

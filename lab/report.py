@@ -1,713 +1,147 @@
-"""Figures, tables and the report: what was measured, in a form that you can read at a glance.
-
-Figures have a transparent background and grey text, so that they are legible on light and on dark
-pages. They are at most 7.4 inches (740 pixels) wide, so that a narrow window does not shrink them
-much. The label of a figure describes it in words: the report and the notebooks use it as its text.
-"""
+"""Tables and the report: report.html for people, report.json for programs (docs/report.md)."""
 
 import base64
 import html
 import io
 import json
 import math
-from textwrap import fill
+from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-import numpy as np
 import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.patheffects import Normal, withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#008A66"  # Okabe-Ito, the green a little darker
-INK, PALE, DARK = "#7C7C7C", "#F4F4F4", "#1A1A1A"
-COLOURS = {"base": "#6E6E6E", "actor": BLUE, "rlhf": ORANGE}
-TINTS = {"#6E6E6E": "#CDCDCD", BLUE: "#9CCBE6", ORANGE: "#F5B98F", GREEN: "#8FD6BF"}
-HALO = [withStroke(linewidth=3, foreground="white"), Normal()]  # dark lines on dark pages
-WIDTH = 7.4
-STYLE = {
-    "figure.facecolor": "none",
-    "figure.dpi": 100,
-    "axes.facecolor": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "text.color": INK,
-    "legend.frameon": False,
-    "font.size": 10,
-    "svg.hashsalt": "course",
-}
+from lab.figures import *  # noqa: F403
+from lab.measures import *  # noqa: F403
 
-
-def canvas(columns=1, rows=1, width=WIDTH, height=2.2):
-    """An empty figure of `width` inches with rows of `height` inches, and a flat list of axes."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
-        axes = [dressed(ax) for ax in figure.subplots(rows, columns, squeeze=False).flatten()]
-    return figure, axes
-
-
-def dressed(ax):
-    """Axes whose ticks and grid have the style as well: matplotlib makes them when it draws."""
-    ax.tick_params(which="both", color=INK, labelcolor=INK, grid_color=INK, grid_alpha=0.25)
-    ax.grid(True)
-    ax.set_axisbelow(True)
-    return ax
-
-
-def plain(text, limit=40):
-    """Text as a plot may show it: dollars are not mathematics, line ends are visible."""
-    text = text.replace("\n", "\\n").strip() or "(space)"
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return text.replace("$", r"\$")
-
-
-# --------------------------------------------------------------------------------------------------
-# Curves
-
-
-@matplotlib.rc_context(STYLE)
-def curves(history, panels, x="step", columns=2):
-    """A panel for each `column: (title, unit)`; `(title, unit, "log")` has a logarithmic axis.
-
-    The thin line is what was measured at each step. A noisy column also has a thick line: the
-    mean of the steps around each step. It looks as far ahead as back, so it does not lag.
-    """
-    if not panels:
-        return canvas(1)[0]
-    columns = min(columns, len(panels))
-    figure, axes = canvas(columns, -(-len(panels) // columns), height=2.1)
-    for ax, (column, (title, unit, *scale)) in zip(axes, panels.items()):
-        empty = pd.Series(dtype=float)
-        line = history[[x, column]].dropna() if column in history else {x: empty, column: empty}
-        steps, values = np.asarray(line[x], float), np.asarray(line[column], float)
-        if noisy(values):
-            window = max(5, len(values) // 20)
-            ax.plot(steps, values, color=INK, alpha=0.55, linewidth=0.7, label="each step")
-            label = "mean of the steps around it"
-            ax.plot(steps, centred_mean(values, window), color=BLUE, linewidth=2, label=label)
-        else:
-            ax.plot(steps, values, color=BLUE, marker="o" if len(values) < 12 else None)
-        if "log" in scale and len(values) and values.min() > 0:
-            log_axis(ax, values)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        ax.set(title=title, xlabel=x, ylabel=fill(unit, 22))
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    explained = [ax.get_legend_handles_labels() for ax in axes]
-    if any(labels for _, labels in explained):
-        handles, labels = next(pair for pair in explained if pair[1])
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
-        figure.set_figheight(figure.get_figheight() + 0.3)
-    titles = [title for title, *_ in panels.values()]
-    figure.set_label(f"Curves over the {x}s: {', '.join(titles)}.")
-    return figure
-
-
-def noisy(values):
-    """Whether a curve goes up and down so often that a reader needs its mean as well."""
-    moves = np.diff(values)
-    moves = np.sign(moves[moves != 0])
-    return len(values) >= 40 and len(moves) > 1 and bool((moves[1:] != moves[:-1]).mean() > 0.25)
-
-
-def centred_mean(values, window):
-    """The mean over `window` values around each one. The window shrinks towards both ends; the
-    first and the last few values, which have next to no neighbours, get none."""
-    half, n, out = window // 2, len(values), np.full(len(values), np.nan)
-    for i in range(n):
-        reach = min(half, i, n - 1 - i)
-        if reach >= half / 3:
-            out[i] = values[i - reach : i + reach + 1].mean()
-    return out
-
-
-def log_axis(ax, values):
-    """A logarithmic y-axis with ticks at round numbers, also if the values are close together."""
-    ratio = values.max() / values.min()
-    ax.set_yscale("log")
-    subs = (1,) if ratio > 500 else (1, 2, 5)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs) if ratio > 8 else MaxNLocator(5))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-LEARNING = {  # column: (title, unit), what to watch while an algorithm learns
-    "reward": ("Reward", "standard deviations above the actor"),
-    "kl": ("KL to the actor", "nats per answer"),
-    "length": ("Length", "tokens"),
-    "entropy": ("Entropy", "nats per token"),
-    "clip_fraction": ("Clipped", "share of tokens"),
-}
-PANELS = {
-    "ppo": LEARNING | {"explained_variance": ("Explained variance", "share")},
-    "grpo": LEARNING | {"zero_deviation": ("Groups that teach nothing", "share")},
-    "rloo": LEARNING | {"zero_deviation": ("Groups that teach nothing", "share")},
-    "dpo": {
-        "loss": ("Loss", "nats per pair", "log"),
-        "accuracy": ("Chosen likelier than before", "share of pairs"),
-        "margin": ("Chosen minus rejected", "implicit reward"),
-        "chosen_logprob": ("Chosen answers", "log-prob, nats"),
-        "rejected_logprob": ("Rejected answers", "log-prob, nats"),
-        "grad_norm": ("Gradient norm", "before clipping"),
-    },
-}
-
-
-def panels(algorithm):
-    """The curves for an algorithm; your own algorithm shows the curves that all have."""
-    return PANELS.get(algorithm, LEARNING)
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokens
-
-
-@matplotlib.rc_context(STYLE)
-def token_strip(answers, per_line=9):
-    """Numbers under the tokens of one or more answers, `{title: (tokens, rows)}`.
-
-    `rows` is `{name: one number per token}`. Orange is above zero, blue below. Each row of each
-    answer has its own colour scale, so colours compare tokens and not rows. A long answer goes on
-    in the next line.
-    """
-    strips = []  # title or "", tokens, names, numbers, scales
-    for title, (tokens, rows) in answers.items():
-        values = np.array([list(row) for row in rows.values()], dtype=float)
-        scale = np.abs(values).max(axis=1, keepdims=True) + 1e-9
-        for start in range(0, len(tokens), per_line):
-            part = slice(start, start + per_line)
-            strips.append(
-                (title if not start else "", tokens[part], list(rows), values[:, part], scale)
-            )
-    heights = [0.3 * len(names) + (0.75 if title else 0.45) for title, _, names, *_ in strips]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
-    axes = figure.subplots(len(strips), 1, squeeze=False, height_ratios=heights).flatten()
-    colours = LinearSegmentedColormap.from_list("below, above", [BLUE, PALE, ORANGE])
-    for ax, (title, tokens, names, values, scale) in zip(axes, strips):
-        dressed(ax).imshow(values / scale, cmap=colours, vmin=-1.7, vmax=1.7, aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            ax.text(j, i, f"{value:z.2f}", ha="center", va="center", fontsize=9, color=DARK)
-        ax.set_xticks(range(len(tokens)), [plain(token, 11) for token in tokens], fontsize=8.5)
-        ax.set_yticks(range(len(names)), names, fontsize=9)
-        ax.set_xlim(-0.5, per_line - 0.5)
-        ax.xaxis.tick_top()
-        ax.tick_params(length=0)
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
-        if title:
-            ax.set_title(plain(title, 90), loc="left", fontsize=10)
-    figure.supxlabel(
-        "Orange: above 0. Blue: below 0. Each row has its own colour scale.", fontsize=9, color=INK
-    )
-    said = [
-        f"{title}: " + "; ".join(f"{name} {numbers(row)}" for name, row in rows.items())
-        for title, (_, rows) in answers.items()
-    ]
-    figure.set_label("Numbers per token. " + " ".join(said))
-    return figure
-
-
-def numbers(row):
-    return " ".join(f"{float(value):z.2f}" for value in row)
-
-
-@matplotlib.rc_context(STYLE)
-def value_curves(tokens, curves, reward=None):
-    """What the value model expects before each token of one answer, `{name: values}`, as lines.
-    `reward` is the reward that the whole answer gets in the end."""
-    figure, (ax,) = canvas(height=3.1)
-    for (name, values), colour in zip(curves.items(), (BLUE, ORANGE, GREEN)):
-        ax.plot(range(len(tokens)), list(values), "o-", color=colour, markersize=4, label=name)
-    if reward is not None:
-        ax.axhline(reward, color=INK, linestyle="--", label="reward of the whole answer")
-    ax.set_xticks(range(len(tokens)), [plain(t, 14) for t in tokens], rotation=45, ha="right")
-    ax.set(xlabel="the value is read before this token", ylabel="value (expected reward)")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
-    ends = [f"{name} from {list(v)[0]:z.2f} to {list(v)[-1]:z.2f}" for name, v in curves.items()]
-    told = "" if reward is None else f" The answer's reward is {reward:z.2f}."
-    figure.set_label(f"Values along the answer: {', '.join(ends)}.{told}")
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def next_token_bars(tokens, before, after, names=("actor", "rlhf"), top=8):
-    """Probabilities of the next token under two models: the `top` tokens that are likeliest under
-    either model, and the rest together."""
-    both = np.array([list(map(float, before)), list(map(float, after))])  # (2, V)
-    best = np.argsort(-both.max(axis=0), kind="stable")[:top]
-    labels = [plain(tokens[i], 20) for i in best]
-    shares = both[:, best]
-    rest = np.clip(1 - shares.sum(axis=1), 0, 1)
-    if len(tokens) > top or rest.max() > 0.005:
-        labels, shares = [*labels, "all others"], np.column_stack([shares, rest])
-    figure, (ax,) = canvas(height=0.42 * len(labels) + 1)
-    for i, (name, row) in enumerate(zip(names, shares)):
-        y = np.arange(len(labels)) + (i - 0.5) * 0.38
-        ax.barh(y, row, 0.36, color=COLOURS.get(name, (BLUE, ORANGE)[i]), label=name)
-        for place, share in zip(y, row):
-            inside = share > 0.9
-            ax.text(
-                share + (-0.01 if inside else 0.01), place, f"{share:.2f}", va="center", fontsize=9,
-                ha="right" if inside else "left", color="white" if inside else INK,
-            )  # fmt: skip
-    ax.set_yticks(range(len(labels)), labels)
-    ax.invert_yaxis()
-    ax.grid(False, axis="y")
-    ax.set(xlim=(0, 1), xlabel="probability of the next token")
-    ax.legend(loc="lower right")
-    pairs = [f"{label} {a:.2f} and {b:.2f}" for label, a, b in zip(labels, *shares)]
-    figure.set_label(f"Next token, {names[0]} and {names[1]}: {', '.join(pairs)}.")
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def clip_plot(loss_of_ratio, clip_ratio):
-    """The loss of one token against its ratio, for a good and for a bad token.
-
-    `loss_of_ratio(ratio, advantage)` is the loss itself; where it is flat it has no gradient.
-    """
-    figure, axes = canvas(2, height=2.9)
-    reach = min(0.95, 2.5 * clip_ratio)
-    ratios, told = np.linspace(1 - reach, 1 + reach, 401), []
-    for ax, advantage in zip(axes, (1.0, -1.0)):
-        losses = np.array([float(loss_of_ratio(float(ratio), advantage)) for ratio in ratios])
-        flat = np.abs(np.gradient(losses, ratios)) < 1e-3
-        ax.plot(ratios, np.where(flat, np.nan, losses), color=BLUE, linewidth=2, label="gradient")
-        ax.plot(
-            ratios, np.where(flat, losses, np.nan), color=ORANGE, linewidth=3, label="no gradient"
-        )
-        for edge in (1 - clip_ratio, 1 + clip_ratio):
-            ax.axvline(edge, color=INK, linestyle="--", linewidth=1)
-        ax.plot(1, float(loss_of_ratio(1.0, advantage)), "o", color=INK)
-        word = "better" if advantage > 0 else "worse"
-        ax.set(title=f"Advantage {advantage:+.0f}: {word} than expected", ylabel="loss")
-        ax.set_xlabel("ratio: probability now / when sampled")
-        ax.set_xticks([1 - clip_ratio, 1, 1 + clip_ratio])
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        told.append(f"advantage {advantage:+.0f}: {gaps(ratios, flat)}")
-    axes[0].legend()
-    figure.set_label(f"The clipped loss against the ratio, {'; '.join(told)}.")
-    return figure
-
-
-def gaps(ratios, flat):
-    """In words: where a loss has no gradient."""
-    if not flat.any():
-        return "it has a gradient everywhere"
-    return f"it has no gradient between {ratios[flat][0]:.2f} and {ratios[flat][-1]:.2f}"
-
-
-# --------------------------------------------------------------------------------------------------
-# The reward model on pairs
-
-
-def wins(pairs):
-    """1 where the chosen answer has the higher score, 0 where the rejected has; a tie is half."""
-    return 0.5 + 0.5 * np.sign(pairs["chosen"] - pairs["rejected"])
-
-
-def share_interval(mean, count):
-    """Wilson's 95 % interval of a share (low, high); it has a width at 0 and at 1 as well."""
-    z2 = 1.96**2
-    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
-    half = 1.96 / (1 + z2 / count) * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2))
-    return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
-
-
-@matplotlib.rc_context(STYLE)
-def score_histogram(pairs):
-    """The scores of chosen and of rejected answers, one panel per kind."""
-    kinds = sorted(pairs["kind"].unique())
-    columns = min(2, len(kinds))
-    figure, axes = canvas(columns, -(-len(kinds) // columns), height=2.3)
-    edges = nice_bins(pairs[["chosen", "rejected"]].to_numpy(), 24)
-    right = wins(pairs)
-    for ax, kind in zip(axes, kinds):
-        part = pairs[pairs["kind"] == kind]
-        ax.hist(part["rejected"], edges, color=ORANGE, alpha=0.7, label="rejected")
-        ax.hist(part["chosen"], edges, color=BLUE, alpha=0.7, label="chosen")
-        share = right[part.index].mean()
-        ax.set(title=f"{plain(kind)}: {share:.0%} right", xlabel="score", ylabel="answers")
-    for ax in axes[len(kinds) :]:
-        ax.set_visible(False)
-    axes[0].legend(fontsize=9)
-    told = [f"{kind} {right[pairs['kind'] == kind].mean():.0%}" for kind in kinds]
-    figure.set_label(f"Scores of chosen and rejected answers. Pairs right: {', '.join(told)}.")
-    return figure
-
-
-def nice_bins(values, most):
-    """Edges at round numbers that hold all values, also when all values are equal."""
-    low, high = float(np.min(values)), float(np.max(values))
-    if high - low < 1e-6:
-        low, high = low - 0.5, high + 0.5
-    return MaxNLocator(most).tick_values(low, high)
-
-
-def calibrated(pairs):
-    """The table behind `calibration`: predicted and actual win rate in fixed bins, with counts."""
-    margin = (pairs["chosen"] - pairs["rejected"]).to_numpy(dtype=float)
-    said = 1 / (1 + np.exp(-np.abs(margin)))
-    group = np.minimum(((said - 0.5) * 10 + 1e-9).astype(int), 4)
-    rows = []
-    for i in range(5):
-        here = group == i
-        if here.any():
-            won = wins(pairs)[here].mean()
-            low, high = share_interval(won, here.sum())
-            name = f"{0.5 + i / 10:.1f} to {0.6 + i / 10:.1f}"
-            rows.append((name, said[here].mean(), won, low, high, int(here.sum())))
-    columns = ["predicted", "mean of the predicted", "actual", "low", "high", "pairs"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-@matplotlib.rc_context(STYLE)
-def calibration(pairs):
-    """How often the higher score wins, against how often the reward model says it will."""
-    table = calibrated(pairs)
-    figure, (ax,) = canvas(width=5.6, height=3.9)
-    bottom = min(0.4, math.floor(10 * table["low"].min() - 0.5) / 10)
-    ax.plot([0.5, 1], [0.5, 1], color=INK, linestyle="--", label="perfectly calibrated")
-    bars = [table["actual"] - table["low"], table["high"] - table["actual"]]
-    ax.errorbar(
-        table["mean of the predicted"], table["actual"], np.abs(bars), color=BLUE, marker="o",
-        linestyle="none", capsize=4, label="reward model, with 95 % interval",
-    )  # fmt: skip
-    for _, row in table.iterrows():
-        middle = float(row["predicted"][:3]) + 0.05
-        ax.text(middle, bottom + 0.015, f"{row['pairs']:,.0f}", ha="center", fontsize=9)
-    ax.text(0.497, bottom + 0.085 * (1 - bottom), "number of pairs in each bin:", fontsize=9)
-    ax.set(xlim=(0.49, 1.01), ylim=(bottom, 1.02))
-    ax.set(xlabel="win rate that the score difference predicts", ylabel="actual win rate")
-    ax.set_xticks(np.arange(5, 11) / 10)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
-    told = [f"{r['predicted']}: {r['actual']:.2f} of {r['pairs']}" for _, r in table.iterrows()]
-    figure.set_label(f"Actual win rate by predicted win rate: {', '.join(told)}.")
-    return figure
-
-
-# --------------------------------------------------------------------------------------------------
-# The judge
-
-
-@matplotlib.rc_context(STYLE)
-def judged_bars(models):
-    """The means of each model, sampled beside greedy, with lines for their 95 % intervals: the
-    judge's scores of all questions and of each kind; without a judge your metrics; without both the
-    mean rewards."""
-    judged = all(model["judge"] for model in models.values())
-    if not judged and not metrics_in(models):
-        return reward_bars(models)
-    first, *rest = panels = judge_panels(models) if judged else metric_panels(models)
-    columns = 2 if rest else 1
-    heights = [2.9] + [2.0] * -(-len(rest) // columns)
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    ax = dressed(figure.add_subplot(grid[0, :]))
-    score_bars(ax, panels[first])
-    ax.set_title(plain(first), loc="left")
-    ax.set_ylabel("judge's score" if judged else "mean")
-    ax.legend(handles=legend_of(panels), loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    for i, title in enumerate(rest):
-        ax = dressed(figure.add_subplot(grid[1 + i // columns, i % columns]))
-        score_bars(ax, panels[title], size=8)
-        ax.set_title(plain(title), fontsize=10)
-    told = {"The judge's scores": panels[first]} if judged else panels
-    figure.set_label(" ".join(f"{title}. {in_words(found)}" for title, found in told.items()))
-    return figure
-
-
-def judge_panels(models):
-    """The judge's means of all questions, then of each kind: {title: {model: (sampled, greedy)}}.
-
-    A mean has its interval beside it. It is None if there are no greedy answers.
-    """
-    both = {name: (model["judge"], model.get("judge_greedy")) for name, model in models.items()}
-    kinds = list(next(iter(models.values()))["judge"]["kinds"])
-    found = {"All questions": both}
-    for kind in kinds if len(kinds) > 1 else []:
-        found[kind] = {
-            name: [judge and score_of_kind(judge, kind) for judge in pair]
-            for name, pair in both.items()
-        }
-    return found
-
-
-def score_of_kind(judge, kind):
-    """Mean and interval of one kind; the mean three times where the interval is not known."""
-    mean = judge["kinds"].get(kind, float("nan"))
-    low, high = judge.get("intervals", {}).get(kind, (mean, mean))
-    return {"mean": mean, "low": low, "high": high}
-
-
-def metrics_in(models):
-    """The names of your own metrics, in their order."""
-    return list(dict.fromkeys(x for model in models.values() for x in model.get("metrics") or {}))
-
-
-def metric_panels(models):
-    """The means of each metric, in the form of `judge_panels`."""
-    return {
-        metric: {
-            name: [(model.get(how) or {}).get(metric) for how in ("metrics", "metrics_greedy")]
-            for name, model in models.items()
-        }
-        for metric in metrics_in(models)
-    }
-
-
-def score_bars(ax, models, size=9.5):
-    """For each model a bar for the sampled and, if there are any, for the greedy answers. The axis
-    goes from 0 to 1 if all scores do."""
-    known = [found for both in models.values() for found in both if found]
-    low, high = min(0, *(x["low"] for x in known)), max(0, *(x["high"] for x in known))
-    share = low == 0 and high <= 1
-    room = 1 if share else (high - low) or 1
-    for i, (name, both) in enumerate(models.items()):
-        colour = COLOURS.get(name, GREEN)
-        both = zip(both, ((colour, "white"), (TINTS[colour], DARK)))
-        both = [(found, *colours) for found, colours in both if found]
-        for j, (found, fill_colour, text_colour) in enumerate(both):
-            x, mean = i + (j - (len(both) - 1) / 2) * 0.42, found["mean"]
-            ax.bar(x, mean, 0.4, color=fill_colour)
-            ends = [found["low"], found["high"]]
-            ax.plot([x, x], ends, color=DARK, linewidth=1.5, path_effects=HALO)
-            inside = share and mean > 0.17
-            above = max(0, found["high"]) + 0.03 * room
-            above = min(above, 0.85) if share else above
-            place, shade = (0.03, text_colour) if inside else (above, INK)
-            text = ax.text(x, place, digits(mean), ha="center", fontsize=size, color=shade)
-            if inside:  # an interval that reaches down to the number does not cross it out
-                text.set_path_effects([withStroke(linewidth=3, foreground=fill_colour), Normal()])
-    ax.set_xticks(range(len(models)), [plain(name) for name in models], fontsize=size + 0.5)
-    ax.set(xlim=(-0.6, len(models) - 0.4))
-    ax.set_ylim((0, 1) if share else (low - 0.05 * room * (low < 0), high + 0.2 * room))
-    ax.tick_params(axis="x", length=0)
-    ax.grid(False, axis="x")
-
-
-def legend_of(panels):
-    greedy = any(both[1] for models in panels.values() for both in models.values())
-    handles = [Patch(color="#555555", label="sampled")]
-    return handles + [Patch(color="#BDBDBD", label="greedy (temperature 0)")] * greedy
-
-
-def in_words(models):
-    """Means as a sentence, for people who do not see the picture."""
-    told = []
-    for name, (sampled, greedy) in models.items():
-        also = f", greedy {digits(greedy['mean'])}" if greedy else ""
-        told.append(f"{name}: sampled {digits(sampled['mean'])}{also}")
-    return "; ".join(told) + "."
-
-
-@matplotlib.rc_context(STYLE)
-def headline(models):
-    """The judge's scores of base, actor and rlhf in one small picture, for the README."""
-    if not all(model["judge"] for model in models.values()):
-        return judged_bars(models)
-    figure, (ax,) = canvas(width=6.4, height=2.7)
-    panels = judge_panels(models)
-    found = panels["All questions"]
-    score_bars(ax, found, size=10.5)
-    ax.set_ylabel("judge's score")
-    ax.legend(handles=legend_of(panels), loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    figure.set_label("The judge's scores. " + in_words(found))
-    return figure
-
-
-def svg(figure):
-    """A figure as SVG text that is the same every time."""
-    data = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(data, format="svg", metadata={"Date": None, "Title": figure.get_label()})
-    return data.getvalue()
-
-
-@matplotlib.rc_context(STYLE)
-def reward_bars(models):
-    """The mean reward of each model, for rows that have neither a judge nor a metric."""
-    figure, (ax,) = canvas(width=5.6, height=3.2)
-    colours = [COLOURS.get(name, GREEN) for name in models]
-    means = [model["reward"] for model in models.values()]
-    bars = ax.bar([plain(name) for name in models], means, color=colours)
-    ax.bar_label(bars, [f"{mean:z.2f}" for mean in means], padding=3)
-    ax.margins(y=0.15)
-    ax.axhline(0, color=INK, linewidth=0.8)
-    ax.grid(False, axis="x")
-    ax.set_ylabel("mean reward\n" + fill(LEARNING["reward"][1], 22))
-    told = ", ".join(f"{name} {mean:z.2f}" for name, mean in zip(models, means))
-    figure.set_label(f"Mean rewards: {told}.")
-    return figure
-
-
-VERDICTS = {"right": BLUE, "partly right": "#9CCBE6", "wrong": ORANGE}
-
-
-@matplotlib.rc_context(STYLE)
-def reward_against_judge(answers, names=("actor", "rlhf")):
-    """What the judge says about answers, by their reward: one column of panels per model.
-
-    Above: how many answers got which reward, and whether the judge finds them right (score 1),
-    partly right or wrong (0). Below: the judge's mean in each bin that holds answers. Without a
-    judge a metric takes its place.
-    """
-    tables = {name: pd.DataFrame(answers[name]) for name in names if name in answers}
-    metric, verdicts, mean_of = stand_in(answers), list(VERDICTS), "judge's mean"
-    if metric:
-        verdicts, mean_of = [f"{metric} = 1", "between", f"{metric} = 0"], f"mean of {metric}"
-        for name, table in tables.items():
-            table["judge"] = [answer["metrics"][metric] for answer in answers[name]]
-    tables = {name: table.dropna(subset=["judge", "reward"]) for name, table in tables.items()}
-    tables = {name: table for name, table in tables.items() if len(table)}
-    if not tables:
-        figure, (ax,) = canvas(height=1)
-        ax.set_axis_off()
-        figure.set_label("No answer has both a reward and a judge's score.")
-        ax.text(0.5, 0.5, figure.get_label(), ha="center")
-        return figure
-    edges = nice_bins(np.concatenate([table["reward"] for table in tables.values()]), 14)
-    figure, axes = canvas(len(tables), 2, height=2.4)
-    told = []
-    for i, (name, table) in enumerate(tables.items()):
-        above, below = axes[i], axes[len(tables) + i]
-        reward, judge = table["reward"].to_numpy(float), table["judge"].to_numpy(float)
-        groups = {"right": judge > 0.99, "partly right": (judge <= 0.99) & (judge >= 0.01)}
-        groups["wrong"] = judge < 0.01
-        parts = [reward[group] for group in groups.values()]
-        colours = [VERDICTS[group] for group in groups]
-        above.hist(parts, edges, stacked=True, color=colours, label=verdicts)
-        above.set(title=plain(name), ylabel="answers" if not i else None)
-        for low, high in zip(edges[:-1], edges[1:]):
-            last = high == edges[-1]
-            here = judge[(reward >= low) & ((reward <= high) if last else (reward < high))]
-            if len(here):
-                x, mean = (low + high) / 2, here.mean()
-                below.plot([x, x], share_interval(mean, len(here)), color=INK, linewidth=1.5)
-                below.plot(
-                    x, mean, "o", color=COLOURS.get(name, GREEN), markersize=5, clip_on=False
-                )
-                below.text(x, 1.05, f"{len(here)}", ha="center", fontsize=7.5, rotation=90)
-        below.set(ylim=(0, 1), xlim=(edges[0], edges[-1]), xlabel="reward")
-        below.set_ylabel(plain(mean_of) if not i else None)
-        above.set_xlim(edges[0], edges[-1])
-        top = table.nlargest(max(1, len(table) // 10), "reward")["judge"]
-        told.append(f"{name}: {mean_of} {judge.mean():.2f}, of the top tenth {top.mean():.2f}")
-    axes[0].legend(fontsize=8)
-    figure.set_label(f"{'Metric' if metric else 'Judge'}'s scores by reward. {'; '.join(told)}.")
-    return figure
-
-
-def stand_in(answers):
-    """The metric that takes the judge's place if it knows none of the answers: the first whose
-    values all lie between 0 and 1. None if there is a judge, or no such metric."""
-    results = [result for part in answers.values() for result in part]
-    if any(result["judge"] is not None for result in results):
-        return None
-    known = [result.get("metrics", {}) for result in results]
-    names = known[0] if known else ()
-    return next((x for x in names if all(0 <= values[x] <= 1 for values in known)), None)
-
+# ruff: noqa: F405
+# Everything that draws or counts is at hand as report.x, so that a notebook imports one name.
 
 # --------------------------------------------------------------------------------------------------
 # Tables
 
 
-def interval(values, resamples=2000):
-    """Mean and its 95 % interval, by bootstrap; by Wilson's formula if all values are 0 or all are
-    1, because resampling then finds no spread at all."""
-    values = np.asarray(values, dtype=float)
-    mean = values.mean().item()
-    if (values == mean).all() and mean in (0, 1):
-        low, high = share_interval(mean, len(values))
-        return {"mean": mean, "low": low, "high": high}
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return {"mean": mean, "low": low.item(), "high": high.item()}
-
-
-def judged(results):
-    """The judge's mean, its interval, and both by kind; None if no row says what is right."""
-    table = pd.DataFrame(results).dropna(subset="judge")
-    if table.empty:
-        return None
-    kinds = {kind: interval(part) for kind, part in table.groupby("kind")["judge"]}
-    return interval(table["judge"]) | {
-        "kinds": {kind: found["mean"] for kind, found in kinds.items()},
-        "intervals": {kind: [found["low"], found["high"]] for kind, found in kinds.items()},
-    }
-
-
-def measured(results):
-    """The mean of each of your metrics, with its interval; None if there are no answers."""
-    table = pd.DataFrame([result.get("metrics", {}) for result in results])
-    return {name: interval(table[name]) for name in table} or None
-
-
-def distinct_2(texts):
-    """Share of different pairs of neighbouring words among all such pairs."""
-    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:])]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def summarise(sampled, greedy=()):
-    """One model's entry in report.json, from its answers at temperature 1 and its greedy ones."""
-    table = pd.DataFrame(sampled)
-    means = [name for name in ("reward", "kl", "length", "eos") if name in table]
-    own = {"metrics": measured(sampled), "metrics_greedy": measured(greedy)}
-    return {
-        "questions": len(table),
-        "judge": judged(sampled),
-        "judge_greedy": judged(greedy) if greedy else None,
-        **(own if "metrics" in table else {}),
-        **{name: float(table[name].mean()) for name in means},
-        "distinct_2": distinct_2(table["response"]),
-    }
-
-
-def critic_summary(pairs):
-    """How often the reward model is right about pairs, overall and by kind; None without pairs."""
-    if pairs is None:
-        return None
-    right = wins(pairs)
-    kinds = right.groupby(pairs["kind"]).mean()
-    return {"accuracy": float(right.mean()), "kinds": {k: float(v) for k, v in kinds.items()}}
-
-
-def by_flaw(pairs):
-    """How often the reward model is right, by what is wrong with the rejected answer."""
-    table = wins(pairs).groupby(pairs["flaw"]).agg(["mean", "size"])
-    table = table.sort_values("mean").reset_index()
-    return table.set_axis(["flaw of the rejected answer", "right", "pairs"], axis=1)
-
-
-def result_table(models):
-    """The table of 4_test: one row per model."""
-    rows, perplexity = {}, any("perplexity" in model for model in models.values())
+def result_table(models, against="the actor"):
+    """The main table of 4_test: one row per model. The others are in `detail_table`. Win rates are
+    those against the model `against`."""
+    rows, categories = {}, categories_in(models)
+    who = next((x for x in WHO if any(x in (m.get("wins") or {}) for m in models.values())), None)
     for name, m in models.items():
         judge, greedy = m["judge"], m.get("judge_greedy")
         row = {"questions": f"{m['questions']:,}"} if "questions" in m else {}
         if judge:
             row["judge, sampled"] = with_interval(judge)
             row["judge, greedy"] = f"{greedy['mean']:.2f}" if greedy else "-"
+        if categories:
+            graded = m.get("categories") or {}
+            row |= {x: f"{graded[x]['mean']:.2f}" if x in graded else "-" for x in categories}
+        elif judge:
             row |= {kind: f"{mean:.2f}" for kind, mean in judge["kinds"].items()}
+        if who:
+            row[f"beats {against} ({who})"] = with_interval((m.get("wins") or {}).get(who))
         row |= {
-            "reward": f"{m['reward']:z.2f}",
-            "KL (nats)": f"{m['kl']:z.2f}",
+            "reward": rounded(m["reward"]),
+            "KL (nats)": rounded(m["kl"]),
             "length (tokens)": f"{m['length']:.1f}",
             "distinct-2": f"{m['distinct_2']:.2f}",
-            "ended": f"{m['eos']:.0%}",
         }
-        if perplexity:
-            row["perplexity"] = f"{m['perplexity']:,.1f}" if "perplexity" in m else "-"
         rows[name] = row
     return pd.DataFrame(rows).T.rename_axis("model")
+
+
+def share_right(found):
+    """The accuracy on pairs with its interval, from `preference_summary`."""
+    low, high = found["interval"]
+    return with_interval({"mean": found["accuracy"], "low": low, "high": high})
+
+
+def rounded(value):
+    """A number with two decimals; a dash if there is none."""
+    return "-" if value is None else f"{value:z.2f}"
+
+
+DETAILS = {  # figure: its key in a model's entry, and how to show it
+    "KL backwards (nats)": ("kl_backwards", rounded),
+    "perplexity of the reference answers": ("reference_perplexity", lambda x: f"{x:,.2f}"),
+    "perplexity of the plain text": ("perplexity", lambda x: f"{x:,.1f}"),
+    "calibration error": ("calibration", lambda found: f"{found['error']:.3f}"),
+    "implicit reward: right pairs": ("implicit_reward", share_right),
+    "implicit reward: margin": ("implicit_reward", lambda found: f"{found['margin']:z.2f}"),
+    "distinct-1": ("distinct_1", lambda x: f"{x:.3f}"),
+    "self-BLEU": ("self_bleu", rounded),
+    "ended by themselves": ("eos", lambda x: f"{x:.0%}"),
+    "answers said before": ("said_before", lambda x: f"{x:.0%}"),
+}
+
+
+def detail_table(models, against="the actor"):
+    """All other figures of 4_test, one column per model."""
+    columns = {name: details_of(model, against) for name, model in models.items()}
+    titles = dict.fromkeys(title for column in columns.values() for title in column)
+    rows = {
+        title: {name: column.get(title, "-") for name, column in columns.items()}
+        for title in titles
+    }
+    return pd.DataFrame(rows).T.rename_axis("figure")
+
+
+def details_of(model, against):
+    """One model's win rates and categories with their intervals, then what DETAILS names."""
+    found = {}
+    for who, rate in (model.get("wins") or {}).items():
+        found[f"beats {against} ({who})"] = with_interval(rate)
+    for category, entry in (model.get("categories") or {}).items():
+        found[category] = with_interval(entry)
+        kinds = entry.get("kinds", {})
+        if len(kinds) > 1:
+            found |= {f"{category}: {kind}": f"{mean:.2f}" for kind, mean in kinds.items()}
+    for title, (key, show) in DETAILS.items():
+        if model.get(key) is not None:
+            found[title] = show(model[key])
+    return found
+
+
+def unread_note(models):
+    """A sentence about the answers whose script the rules of the categories cannot read; "" if
+    there are none."""
+    found = [
+        f"{entry['unread']} of {entry['prompts']} of {name} ({category})"
+        for name, model in models.items()
+        for category, entry in (model.get("categories") or {}).items()
+        if entry.get("unread")
+    ]
+    if not found:
+        return ""
+    return (
+        "The rules of the categories read English only: in answers in another script they find no "
+        f"refusal, no fact and no kind word. Such answers: {', '.join(found)}."
+    )
+
+
+def preference_table(critics, models):
+    """Who is right about the held-out pairs: the reward models, and the implicit rewards of the
+    language models."""
+    implicit = {f"{name}, implicit reward": m.get("implicit_reward") for name, m in models.items()}
+    known = {name: x for name, x in ((critics or {}) | implicit).items() if x}
+    rows = [
+        {"scores": name, "right": share_right(x), "margin": f"{x['margin']:z.2f}"}
+        | {"pairs": f"{x['pairs']:,}"}
+        for name, x in known.items()
+    ]
+    return pd.DataFrame(rows) if rows else None
+
+
+def difference_table(lines, first, second):
+    """What `differences` found, as a table: both means, and the difference with its interval."""
+    return pd.DataFrame(
+        {
+            "score": [line["score"] for line in lines],
+            first: [digits(line["first"]) for line in lines],
+            second: [digits(line["second"]) for line in lines],
+            "difference": [with_interval(line["difference"]) for line in lines],
+            "questions": [f"{line['questions']:,}" for line in lines],
+        }
+    )
 
 
 def metric_table(models):
@@ -726,12 +160,6 @@ def with_interval(found):
         return "-"
     mean, low, high = (digits(found[name], found["mean"]) for name in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
-
-
-def digits(value, like=None):
-    """A number with two decimals; with fewer if it, or the number `like` it, is 10 or more."""
-    whole = len(f"{abs(value if like is None else like):.0f}")
-    return f"{value:z,.{max(0, 3 - whole)}f}"
 
 
 def side_by_side(rows, answers):
@@ -794,13 +222,14 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}</title>
 <style>:root{{color-scheme:light dark}}
-body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
+body{{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;
 color:#1a1a1a;background:#fff}}h1,h2{{line-height:1.2}}h2{{margin-top:2.5rem}}
 table{{border-collapse:collapse;font-size:14px}}
 td,th{{padding:.3rem .7rem .3rem 0;border-bottom:1px solid #ccc;vertical-align:top}}
 .scroll{{overflow-x:auto}}figure{{margin:0}}img{{max-width:100%;height:auto}}
 @media (prefers-color-scheme:dark){{body{{color:#ddd;background:#161616}}
 td,th{{border-color:#444}}}}
+summary{{cursor:pointer;margin:.5rem 0}}
 @media (max-width:600px){{body{{margin:1rem auto;padding:0 .7rem}}}}</style></head>
 <body><h1>{heading}</h1>
 {body}
@@ -813,77 +242,138 @@ def page(title, heading, body):
     return PAGE.format(title=title, heading=heading, body=body)
 
 
-def parts(models, answers, beside, pairs):
+class Folded(NamedTuple):
+    """A table that the report shows only after a click."""
+
+    table: pd.DataFrame
+    summary: str
+
+
+CAPTIONS = {
+    "Result": "Categories are for sampled answers. Beats the actor: how often an answer scores "
+    "higher than the actor's to the same question. Reward: standard deviations above the actor. "
+    "KL: distance from the actor per answer. Distinct-2: share of different word pairs. If a model "
+    "has fewer questions, it answered the first ones of the same list.",
+    "More figures": "KL backwards: KL(actor || model), from the actor's answers. Perplexity: lower "
+    "is better. Calibration error: how far the probability of a model's favourite answers is from "
+    "the share of them that is right. Implicit reward: see the pairs below. Self-BLEU: how alike "
+    "answers to different questions are, 1 if they are equal. Said before: answers that are also "
+    "the answer to another question.",
+    "Metrics": "The mean of each metric; in brackets its 95 % interval.",
+    "Answers to the same questions": "Held-out questions and one sampled answer of each model. No "
+    "training has seen these questions.",
+    "What changed most": "The ten questions with the largest KL of the policy's answer to the "
+    "actor.",
+    "Calibration of the models": "How often the greedy answers are right (full marks of the "
+    "judge), against how probable the model finds them, word for word. Below the line a model is "
+    "too sure of itself. A model that knows several wordings of an answer gives each of them a "
+    "part of the probability, so it stands above the line.",
+    "Who is right about pairs": "How often each score prefers the better answer of a held-out "
+    "pair, and by how much. The implicit reward is that of DPO: beta times how much likelier than "
+    "the actor, as a log, a model finds an answer.",
+    "The reward model on held-out pairs": "Scores of the answers that people chose and of those "
+    "that they rejected. A tie counts as half right.",
+    "What the reward model overlooks": "How often the reward model prefers the chosen answer, by "
+    "what is wrong with the rejected one.",
+    "Calibration of the reward model": "How often the higher score wins, against how often the "
+    "score difference predicts that it wins. Above the line the reward model is too cautious, "
+    "below it is too sure of itself.",
+}
+
+
+def parts(models, answers, beside, pairs, critics=None):
     """What report.html shows, in this order: (title, table or figure, caption)."""
-    known = all(model["judge"] for model in models.values())
-    own, plain = metrics_in(models), any("perplexity" in model for model in models.values())
-    if known or own:
-        what = "The judge's mean score" if known else "The mean of each metric"
-        told = f"{what}: dark bars for sampled answers, light bars for greedy answers, lines for "
-        found = [("Sampled and greedy answers", judged_bars(models), f"{told}95 % intervals.")]
-    else:
-        told = "The mean reward of each model. These rows have no judge, so nothing here says "
-        told += "whether a high reward means a good answer."
-        found = [("Reward", judged_bars(models), told)]
-    found.append(
-        (
-            "Result",
-            result_table(models),
-            f"{'The judge scores between 0 and 1; in brackets its 95 % interval. ' * known}"
-            f"{'The columns of single kinds are for sampled answers. ' * known}"
-            "Reward: standard deviations above the actor. KL: distance from the actor per answer. "
-            "Distinct-2: share of different word pairs. Ended: answers that end by themselves. "
-            f"{'Perplexity on a plain text: lower is better. ' * plain}"
-            "If a model has fewer questions, it answered the first ones of the same list.",
-        )
-    )
-    if own:
-        told = "The mean of each metric; in brackets its 95 % interval."
-        found.append(("Metrics", metric_table(models), told))
-    told = "Held-out questions and one sampled answer of each model. No training has seen these "
-    found.append(("Answers to the same questions", beside, f"{told}questions."))
-    metric = stand_in(answers)
+    found = [headline_part(models)]
+    shown = {"Result": result_table(models)}
+    if len(details := detail_table(models)):
+        shown["More figures"] = Folded(details, "Show all figures")
+    if metrics_in(models):
+        shown["Metrics"] = metric_table(models)
+    shown["Answers to the same questions"] = beside
+    if {"actor", "rlhf"} <= answers.keys():
+        table = most_changed(answers["actor"], answers["rlhf"])
+        shown["What changed most"] = Folded(table, "Show the ten answers")
+    found += captioned(shown)
+    known, metric = all(model["judge"] for model in models.values()), stand_in(answers)
     if known or metric:
-        what = f"how high {metric} is for them" if metric else "what the judge says about them"
-        mean = f"the mean of {metric}" if metric else "the judge's mean"
-        found.append(
-            (
-                f"Reward and {metric or 'judge'}",
-                reward_against_judge(answers),
-                f"Above: how many answers got which reward, and {what}. Orange at a high reward "
-                f"means that the reward model is wrong. Below: {mean} in each range of rewards, "
-                "with its 95 % interval and the number of answers.",
-            )
-        )
-    if pairs is None:  # with a reward of your own there may be no reward model
-        return found
-    found.append(
-        (
-            "The reward model on held-out pairs",
-            score_histogram(pairs),
-            "Scores of the answers that people chose and of those that they rejected. A tie counts "
-            "as half right.",
-        )
-    )
-    if set(pairs["flaw"]) != {"unknown"}:
-        found.append(
-            (
-                "What the reward model overlooks",
-                by_flaw(pairs),
-                "How often the reward model prefers the chosen answer, by what is wrong with the "
-                "rejected one.",
-            )
-        )
-    found.append(
-        (
-            "Calibration of the reward model",
-            calibration(pairs),
-            "How often the higher score wins, against how often the score difference predicts that "
-            "it wins. Above the line the reward model is too cautious, below it is too sure of "
-            "itself.",
-        )
-    )
+        found.append(reward_part(answers, metric))
+    shown = {"Calibration of the models": reliability_picture(models)}
+    shown["Who is right about pairs"] = preference_table(critics, models)
+    if pairs is not None:  # with a reward of your own there may be no reward model
+        shown["The reward model on held-out pairs"] = score_histogram(pairs)
+        if set(pairs["flaw"]) != {"unknown"}:
+            shown["What the reward model overlooks"] = by_flaw(pairs)
+        shown["Calibration of the reward model"] = calibration(pairs)
+    if note := unread_note(models):
+        found.append(("Answers that no rule reads", note))
+    return found + captioned(shown)
+
+
+def captioned(shown):
+    """{title: table or figure} as parts, without those that are empty."""
+    return [(title, x, CAPTIONS[title]) for title, x in shown.items() if x is not None]
+
+
+def headline_part(models):
+    """The picture at the top: the means of the judge, of metrics, of categories or of rewards."""
+    names = {
+        "The judge's mean score": all(model["judge"] for model in models.values()),
+        "The mean of each metric": metrics_in(models),
+        "The mean of each category": categories_in(models),
+    }
+    if what := next((name for name, there in names.items() if there), None):
+        told = f"{what}: dark bars for sampled answers, light bars for greedy answers, lines for "
+        return "Sampled and greedy answers", judged_bars(models), f"{told}95 % intervals."
+    told = "The mean reward of each model. These rows have no judge, so nothing here says whether "
+    return "Reward", judged_bars(models), f"{told}a high reward means a good answer."
+
+
+def reward_part(answers, metric):
+    """The reward against the judge, or against the metric that takes its place."""
+    what = f"how high {metric} is for them" if metric else "what the judge says about them"
+    mean = f"the mean of {metric}" if metric else "the judge's mean"
+    told = f"Above: how many answers got which reward, and {what}. Orange at a high reward means "
+    told += f"that the reward model is wrong. Below: {mean} in each range of rewards, with its "
+    told += "95 % interval and the number of answers."
+    return f"Reward and {metric or 'judge'}", reward_against_judge(answers), told
+
+
+def training_parts(folder):
+    """What report.html shows of the training of the policy, from its folder: curves, alerts, and
+    samples before and after."""
+    folder, algorithm = Path(folder), "ppo"
+    if (folder / "stage.json").exists():
+        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        algorithm = record["config"].get("algorithm", algorithm)
+    found, history = [], pd.DataFrame(lines_of(folder / "metrics.jsonl"))
+    shown = {name: panel for name, panel in panels(algorithm).items() if name in history}
+    if shown:
+        told = f"The training of the policy with {algorithm}, step by step."
+        found.append(("The training", curves(history, shown), told))
+    if (folder / "alerts.jsonl").exists():
+        alerts = pd.DataFrame(lines_of(folder / "alerts.jsonl"))
+        told = "What the training warned of." if len(alerts) else "The training raised no alert."
+        alerts = alerts[[x for x in ("step", "name", "sentence") if x in alerts]]
+        found.append(("Alerts", alerts if len(alerts) else told, *[told] * bool(len(alerts))))
+    samples = pd.DataFrame(lines_of(folder / "samples.jsonl"))
+    if {"step", "temperature", "prompt", "response"} <= set(samples):
+        told = "Greedy answers to the same prompts before and after the training."
+        found.append(("Samples", Folded(before_and_after(samples), "Show the samples"), told))
     return found
+
+
+def lines_of(path):
+    """The lines of a JSON lines file; none if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def before_and_after(samples):
+    """The greedy answers of the first and of the last step in samples.jsonl, one line a prompt."""
+    samples = samples[samples["temperature"] == samples["temperature"].min()]
+    samples = samples.drop_duplicates(["step", "prompt"], keep="last").set_index("prompt")
+    first, last = (samples[samples["step"] == samples["step"].agg(x)] for x in ("min", "max"))
+    return pd.DataFrame({"before": first["response"], "after": last["response"]}).reset_index()
 
 
 def picture(figure):
@@ -896,14 +386,20 @@ def picture(figure):
     return f'<img src="data:image/png;base64,{code}" alt="{alt}" width="{width}">'
 
 
-def write_answers(folder, sampled, greedy, temperature):
-    """answers.jsonl: a line for each answer of a model, sampled and greedy, from `evaluate`."""
-    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
-        for at, answers in ((temperature, sampled), (0.0, greedy)):
-            for model, results in answers.items():
-                for result in results:
-                    line = {"model": model, "temperature": at} | result
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def answer_lines(examined, temperature):
+    """A line for each answer of each model: sampled, greedy, and to the prompts of categories."""
+    for name, one in examined.items():
+        for results, at in (
+            (one.sampled, temperature),
+            (one.greedy, 0.0),
+            (one.graded, temperature),
+        ):
+            yield from ({"model": name, "temperature": at} | result for result in results)
+
+
+def write_lines(path, lines):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def write_report(folder, report, parts):
@@ -920,6 +416,9 @@ def write_report(folder, report, parts):
             shown = f"{told}<figure>{picture(part)}</figure>"
         elif isinstance(part, pd.DataFrame):
             shown = told + table_html(part)
+        elif isinstance(part, Folded):
+            shown = f"{told}<details><summary>{html.escape(part.summary)}</summary>"
+            shown += f"{table_html(part.table)}</details>"
         else:
             shown = f"<p>{html.escape(str(part))}</p>{told}"
         body.append(f"<section><h2>{html.escape(title)}</h2>\n{shown}</section>")

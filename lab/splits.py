@@ -116,6 +116,12 @@ def all_eval_rows(cfg, say=None):
     return with_negatives(cfg, rows, say)
 
 
+def rows_of(cfg, text):
+    """Returns the rows of any source, those for evaluation if it has such; at most cfg.test_rows.
+    Their order stays, and it does not matter what the training has read."""
+    return eval_table(cfg.changed(eval_data=text), text).rows[: cfg.test_rows]
+
+
 def load_data(cfg):
     """Returns all rows for training and all rows for evaluation."""
     train = [row for text in training_sources(cfg) for row in training_table(cfg, text).rows]

@@ -17,7 +17,7 @@ import torch
 
 import lab.models
 import util
-from lab import CourseError, world
+from lab import CourseError, categories, world
 
 SMALL = dict(
     device="cpu", pretrain_documents=200, pretrain_steps=3, steps=2, rollout=8, minibatch=4,
@@ -262,6 +262,12 @@ def perplexity(place, values):
     return util.perplexity(model, tokenizer, cfg)
 
 
+def graded(place, values):
+    """The categories of the judge, as nothing else grades the models of the embedded world."""
+    judge = {"kinds": {"sql": 0.5}, "intervals": {"sql": [0.4, 0.6]}}
+    return categories.graded(config(place.finished, values), judge, list)
+
+
 def eval_rows(place, values):
     place.patch.chdir(place.folder)
     return util.load_eval_rows(config(place.finished, values))
@@ -402,6 +408,8 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "best_of_rows": (2, best, {}),
     "metric": ("own_functions.count", evaluated, {}),
     "plain_text": ("dataset/eval.json", perplexity, dict(plain_text="plain.txt")),
+    "categories": ("none", graded, {}),
+    "extra_models": ("other", of(util.models_to_test), {}),
 }
 
 

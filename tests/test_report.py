@@ -84,7 +84,10 @@ def test_distinct_2_counts_neighbouring_words():
 
 
 def test_the_critic_is_right_where_the_chosen_answer_scores_higher():
-    assert report.critic_summary(pairs()) == {"accuracy": 5 / 9, "kinds": {"x": 5 / 9}}
+    found = report.critic_summary(pairs())
+    assert found["accuracy"] == 5 / 9 and found["kinds"] == {"x": 5 / 9}
+    assert found["margin"] == pytest.approx(0.5) and found["pairs"] == 9
+    assert found["interval"][0] < 5 / 9 < found["interval"][1] and found["calibration_error"] > 0
     assert report.by_flaw(pairs())["right"].tolist() == [5 / 9]
     assert report.critic_summary(None) is None
 
@@ -429,11 +432,12 @@ def test_the_metric_table_has_a_column_for_each_model():
     assert table["rlhf"]["words, sampled"].startswith("10.0 (")
 
 
-def test_the_result_table_shows_the_perplexity_of_the_models_that_have_one():
+def test_the_details_show_the_perplexity_of_the_models_that_have_one():
     found = models(judge=None)
-    assert "perplexity" not in report.result_table(found)
+    name = "perplexity of the plain text"
+    assert name not in report.detail_table(found).index
     found["actor"]["perplexity"] = 1234.56
-    assert report.result_table(found)["perplexity"].tolist() == ["-", "1,234.6", "-", "-"]
+    assert report.detail_table(found).loc[name].tolist() == ["-", "1,234.6", "-", "-"]
 
 
 def test_a_judge_keeps_the_picture_and_the_metrics_have_their_table():
@@ -539,21 +543,22 @@ def test_a_report_is_written_with_and_without_a_judge(judge, tmp_path):
     beside = report.side_by_side(told["base"], told)
     result = {"rows": 8, "models": found}
     parts = report.parts(found, told, beside, pairs())
-    assert parts[2][1] is beside and all(len(part) == 3 for part in parts)
+    assert parts[3][1] is beside and all(len(part) == 3 for part in parts)
     report.write_report(tmp_path, result, parts)
     assert json.loads((tmp_path / "report.json").read_text()) == result
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == (4 if judge else 3) == page.count('alt="')
+    assert page.count("<details>") == 2 == page.count("</details>")
     assert page.count("<h2>") == len(parts) and "best of 4" in page
     assert 'name="viewport"' in page and "prefers-color-scheme:dark" in page
-    assert page.count('class="scroll') == page.count("<table>") == 3
+    assert page.count('class="scroll') == page.count("<table>") == 5
     assert 'alt=""' not in page and "{" not in page.split("</style>")[1]
 
 
 def test_a_report_without_a_reward_model_leaves_its_parts_out():
     told = {name: answers(True) for name in ("base", "actor", "rlhf")}
     titles = [title for title, *_ in report.parts(models(), told, pd.DataFrame(), None)]
-    assert len(titles) == 4 and not any("reward model" in title for title in titles)
+    assert len(titles) == 6 and not any("reward model" in title for title in titles)
 
 
 def test_what_a_model_wrote_is_text_and_not_part_of_the_page(tmp_path):
