@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import util
-from lab import CourseError, alerts, splits, world
-from lab.runs import Stage
+from lab import CourseError, alerts, notebook, push, splits, world
+from lab.runs import Stage, read_record
 
 CFG = util.Config("tiny")
 
@@ -309,4 +309,10 @@ def test_an_alert_stops_the_run_and_it_can_go_on(again, capsys):
     assert not (again / "model" / "rlhf").exists() and lines(again)
     history = list(util.train_rlhf(cfg.changed(stop_on_alert="")))
     assert len(history) == cfg.steps and "resuming" in capsys.readouterr().out
-    assert lines(again, "rlhf"), "the alert is in the file of the finished run"
+    told = lines(again, "rlhf")
+    assert notebook.raised(again).to_dict("records") == told and "kl" in [x["name"] for x in told]
+
+
+def test_the_model_card_of_a_critic_names_its_watchdog(course):
+    card = push.card_of(course[0], "critic", "ada/critic", read_record(course[0], "critic"))
+    assert "folder watchdog" in card
