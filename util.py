@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lab import (
     CourseError,
+    alerts,
     categories,
     checks,
     decoding,
@@ -49,6 +50,7 @@ from lab import (
     measures,
     models,
     processes,
+    safety,
     splits,
     world,
 )
@@ -698,7 +700,7 @@ def preference_rows(cfg, say=print):
     if own:
         weight = f"count {cfg.feedback_weight} times each, beside {len(rows)} other pairs"
         say(f"{len(own)} comparisons of {label.FILE} {weight}.")
-    return rows + cfg.feedback_weight * own
+    return rows + cfg.feedback_weight * [pair | {"by": "person"} for pair in own]
 
 
 def held_out_pairs(cfg):
@@ -768,18 +770,22 @@ def train_critic(cfg, rows=None):
     """Trains the reward model: of two answers, the one that people chose should score higher.
 
     The members of an ensemble are trained side by side on the same pairs, each in its own order.
-    `rows` are the pairs; without them it calls `preference_rows(cfg)`.
+    The watchdog learns beside them from a share of the pairs that they never see. `rows` are all
+    pairs; without them it calls `preference_rows(cfg)`.
     """
     with open_stage(cfg, "critic", inputs=["actor"], pairs=True) as stage:
         rows = rows or preference_rows(cfg, stage.say)
+        rows, kept = splits.apart(cfg, rows, stage.say)
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
+        watchdog = [critic_from_actor(cfg, cfg.ensemble)] if kept else []
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plans = [
             epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
             for i in range(cfg.ensemble)
         ]
-        rates = [(member, cfg.critic_lr) for member in members]
+        due = splits.watchdog_plan(cfg, len(kept), len(plans[0]))  # {step: rows of kept}
+        rates = [(model, cfg.critic_lr) for model in (*members, *watchdog)]
         loss_of = partial(critic_loss, members, tokenizer, cfg)
         optimiser = Optimiser(cfg, rates, len(plans[0]), batch=cfg.critic_batch, say=stage.say)
         yield from stage.past
@@ -789,13 +795,18 @@ def train_critic(cfg, rows=None):
             batch = [[rows[i] for i in places] for places in zip(*(plan[step] for plan in plans))]
             metrics = {"step": step + 1, "steps": len(plans[0])}
             metrics |= optimiser.step(batch, loss_of, step)
-            metrics = stage.log(timed(metrics, start, rows=len(batch)))
+            if step in due:
+                unseen = [[kept[i]] for i in due[step]]
+                watch = partial(critic_loss, watchdog, tokenizer, cfg)
+                metrics["watchdog_accuracy"] = optimiser.step(unseen, watch, step)["accuracy"]
+            metrics = stage.log(timed(metrics, start, rows=len(batch) + len(due.get(step, []))))
             yield metrics
         del optimiser  # frees AdamW's moments for the actor
         stage.summary = {"accuracy": metrics["accuracy"]}
-        for i, model in enumerate(members):
+        names = ["", *(f"member-{i}" for i in range(1, cfg.ensemble)), "watchdog"]
+        for name, model in zip(names, (*members, *watchdog)):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
-            models.save(model, tokenizer, stage.folder / f"member-{i}" if i else stage.folder)
+            models.save(model, tokenizer, stage.folder / name)
 
 
 def critic_from_actor(cfg, member=0):
@@ -880,6 +891,15 @@ def load_critics(cfg):
     return [RewardModel(path, cfg) for path in (folder, *sorted(folder.glob("member-*")))]
 
 
+def load_watchdog(cfg):
+    """The second reward model of 2_critic, as a score that no reward contains; None if there is
+    none."""
+    if not (cfg.watchdog and has_record(cfg.root, "critic")):
+        return None
+    folder = artifact(cfg.root, "critic") / "watchdog"
+    return RewardModel(folder, cfg) if folder.exists() else None
+
+
 def pairs_to_ask(cfg, count):
     """Pairs of answers for a person to compare, by the newest policy: that of 3_rlhf if it has run,
     else the actor. Those come first about which the reward model is least certain: there a
@@ -920,6 +940,8 @@ class Crew:
     reference: torch.nn.Module | None  # the actor, frozen; None: the policy without its adapters
     reward: object  # any callable reward(prompts, responses) -> list[float]
     value_model: torch.nn.Module | None = None  # predicts returns; only PPO needs it
+    watchdog: object = None  # a reward model that only watches
+    safety: object = None  # a filter of answers, see lab/safety.py
 
     def as_reference(self):
         """`with crew.as_reference() as model:` gives the reference model."""
@@ -936,8 +958,10 @@ def load_crew(cfg, reward=None):
     tokenizer, policy = load_pair(cfg, "actor", **models.in_4_bits(cfg))
     policy = models.trainable(policy, cfg, drop=False)  # dropout would move the ratio away from 1
     reference = None if cfg.lora_rank else models.frozen(load_pair(cfg, "actor")[1], cfg)
+    watchdog = load_watchdog(cfg) if "critic" in cfg.starts_from(reward) else None
     reward = None if cfg.algorithm == "dpo" else reward or load_reward(cfg)
     crew = Crew(tokenizer, policy, reference, reward)
+    crew.watchdog, crew.safety = watchdog, safety.load(cfg.safety)
     if cfg.algorithm == "ppo":
         crew.value_model = models.trainable(load_value_model(cfg), cfg, drop=False)
     return crew
@@ -977,6 +1001,7 @@ class Rollout:
     kl_coef: float
     parts: dict  # {name: mean} of the rewards in the sum
     seconds: dict  # spent on generating and on scoring
+    unsafe: torch.Tensor  # (B,), whether the safety filter found something; None without a filter
     advantages: torch.Tensor = None
     returns: torch.Tensor = None
 
@@ -1054,12 +1079,17 @@ def make_rollout(crew, prompts, cfg, generator, *, optimiser=None):
         scores = normalised(scores, state["running"])
     scores = scores.clamp(-cfg.reward_clip, cfg.reward_clip) - cfg.length_penalty * mask.sum(1)
     scores -= cfg.missing_eos_penalty * ~whole
+    responses, unsafe = sum(responses, []), None
+    if crew.safety is not None:
+        found = safety.look(crew.safety, prompts, responses)
+        unsafe = torch.tensor([bool(reason) for reason in found], device=mask.device)
+        scores -= cfg.safety_penalty * unsafe
     return Rollout(
-        prompts, sum(responses, []),
+        prompts, responses,
         (*prompt, ids.masked_fill(~mask, crew.tokenizer.pad_token_id), mask),
         sampled, logprobs, ref_logprobs, values, scores, whole, state["kl_coef"],
         {name: sum(sum(part[name]) for part in parts) / len(prompts) for name in parts[0]},
-        seconds,
+        seconds, unsafe,
     )  # fmt: skip
 
 
@@ -1109,7 +1139,6 @@ def rlhf_loop(crew, cfg, stage, minibatch_loss):
     prompts = [row["prompt"] for row in rows]
     advantages_of = ADVANTAGES.get(cfg.algorithm, centred_advantages)
     optimiser = rlhf_optimiser(crew, cfg, stage.say)
-    raised = checks.alerts(stage.past[-1], cfg.kl_limit) if stage.past else {}
     for step in stage.steps(cfg.steps, optimiser):
         start, kl_coef = time.perf_counter(), optimiser.state["kl_coef"]
         if step % cfg.sample_every == 0:
@@ -1137,20 +1166,29 @@ def rlhf_loop(crew, cfg, stage, minibatch_loss):
             if cfg.stop_kl and stats.get("approx_kl", 0) > cfg.stop_kl:
                 break
 
-        # 4. Log; adapt kl_coef; warn if something looks wrong
+        # 4. Measure; adapt kl_coef. `train_rlhf` logs the metrics and raises alerts.
         end = time.perf_counter()
         metrics = {"step": step + 1, "steps": cfg.steps, "kl_coef": kl_coef}
         metrics |= rollout_metrics(rollout, cfg) | mean_of(updates)
         if crew.value_model is not None:
             explained = explained_variance(rollout.values, rollout.returns, rollout.mask)
             metrics["explained_variance"] = explained.item()
+        if crew.watchdog is not None:
+            metrics["watchdog"] = watched(crew, rollout)
         metrics |= {"seconds_update": end - middle, "seconds": end - start}
         if step + 1 == cfg.steps:
             record_samples(crew, prompts[:8], cfg, stage, cfg.steps)
         optimiser.state["kl_coef"] = next_kl_coef(kl_coef, metrics["kl"], cfg)
         yield metrics
-        before, raised = raised, checks.alerts(metrics, cfg.kl_limit)
-        stage.alert(before, raised, stop=cfg.stop_on_alert)
+
+
+def watched(crew, rollout):
+    """The mean score that the watchdog gives to about 32 answers of a rollout. No reward contains
+    it, so the policy does not learn to please it."""
+    every = max(1, len(rollout.prompts) // 32)
+    with matmul.fast_matmul(crew.policy):
+        scores = crew.watchdog(rollout.prompts[::every], rollout.responses[::every])
+    return sum(scores) / len(scores)
 
 
 def next_kl_coef(kl_coef, kl, cfg):
@@ -1163,7 +1201,8 @@ def next_kl_coef(kl_coef, kl, cfg):
 
 def rlhf_optimiser(crew, cfg, say=print):
     """AdamW for the policy, and for the value model if there is one."""
-    rates, frozen = [(crew.policy, cfg.policy_lr)], [crew.reference, *models_in(crew.reward)]
+    rates = [(crew.policy, cfg.policy_lr)]
+    frozen = [crew.reference, *models_in(crew.reward), *models_in(crew.watchdog)]
     if crew.value_model is not None:
         rates.append((crew.value_model, cfg.value_lr))
     frozen = [model for model in frozen if model is not None]
@@ -1226,10 +1265,13 @@ def train_rlhf(cfg, reward=None, algorithm=None):
     with open_stage(cfg, "rlhf", inputs, code=code, pairs=loss is None) as stage:
         crew = load_crew(cfg, reward)
         yield from stage.past
+        history = list(stage.past)
         steps = rlhf_loop(crew, cfg, stage, loss) if loss else dpo_loop(crew, cfg, stage)
         for metrics in steps:
-            yield stage.log(metrics)
-        names = ("loss", "reward", "kl", "length", "entropy", "accuracy", "margin", "skipped")
+            history.append(stage.log(metrics))
+            yield history[-1]
+            alerts.tell(stage, history, cfg)
+        names = "loss reward watchdog kl length entropy unsafe accuracy margin skipped".split()
         stage.summary = {name: metrics[name] for name in names if name in metrics}
         models.save(crew.policy, crew.tokenizer, stage.folder)
 
@@ -1295,7 +1337,7 @@ LOSSES = {"ppo": ppo_minibatch_loss, "grpo": grpo_minibatch_loss, "rloo": grpo_m
 
 def dpo_loop(crew, cfg, stage):
     """DPO learns from the preference pairs directly: no sampling, no reward model, no values."""
-    rows = preference_rows(cfg, stage.say)
+    rows, _ = splits.apart(cfg, preference_rows(cfg, stage.say))
     checks.warn_about_texts(stage.say, crew.tokenizer, rows, ["chosen", "rejected"], cfg)
     with crew.as_reference() as model:  # the reference never changes: once is enough
         work = partial(pair_logprobs, model, crew.tokenizer, cfg=cfg)
@@ -1459,13 +1501,6 @@ def load_named(cfg, name):
         return load_pair(cfg, name)
     places = Path(cfg.root) / "model" / name, Path(cfg.root) / name, Path(name).expanduser()
     return load_both(cfg, next((str(p) for p in places if p.exists()), name), name)
-
-
-def load_watchdog(cfg):
-    """The second reward model, which learned from pairs that the first never saw; None if there is
-    none."""
-    folder = Path(cfg.root) / "model" / "critic" / "watchdog"
-    return RewardModel(folder, cfg) if folder.is_dir() else None
 
 
 def watch(watchdog, results):

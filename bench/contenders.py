@@ -136,9 +136,7 @@ def ours_online(timer, shape, case, precision="float32"):
 
     util.make_rollout, util.load_rows = marked_rollout, lambda *_, **__: rows
     nothing = lambda *_, **__: None  # noqa: E731
-    stage = SimpleNamespace(
-        past=[], say=print, steps=steps, samples=nothing, append=nothing, alert=nothing
-    )
+    stage = SimpleNamespace(past=[], say=print, steps=steps, samples=nothing, append=nothing)
     for _ in util.rlhf_loop(crew, cfg, stage, util.LOSSES[case]):
         pass
 

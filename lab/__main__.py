@@ -118,6 +118,10 @@ def add_chat(commands):
         help="the sampling temperature; 0 always takes the most likely token [1]",
     )
     chat.add_argument("--seed", metavar="N", help="the same as --set seed=N")
+    chat.add_argument(
+        "--safety", metavar="FILTER", default="",
+        help="replace unsafe answers: rules, or module.function of your own; default: no filter",
+    )  # fmt: skip
 
 
 def add_evaluate(commands):
@@ -531,18 +535,20 @@ def chat(args):
     from transformers.utils import logging as transformers_logging
 
     import util
+    from lab import safety
     from lab.chat import talk
     from lab.tokens import stops_of
 
     if not (math.isfinite(args.temperature) and args.temperature >= 0):
         raise CourseError(f"--temperature {args.temperature} is impossible: it must be 0 or more.")
+    check = safety.load(args.safety)
     given, root = parameters(args)
     cfg = util.Config.of(**given | {"root": str(root)})
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     tokenizer, model = util.load_pair(cfg, args.stage)
     reply = partial(answer_ids, cfg, tokenizer, model, args.temperature)
-    talk(args.stage, reply, tokenizer, stops_of(model, tokenizer))
+    talk(args.stage, reply, tokenizer, stops_of(model, tokenizer), check)
 
 
 def answer_ids(cfg, tokenizer, model, temperature, row, number):

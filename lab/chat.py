@@ -12,7 +12,7 @@ from itertools import product
 import pandas as pd
 import torch
 
-from lab import decoding, models, world
+from lab import decoding, models, safety, world
 from lab.formats import framed
 from lab.tokens import encoder
 
@@ -231,8 +231,11 @@ def examples():
     return [world.draw(rng, kind, "eval").question for kind in world.KINDS]
 
 
-def talk(stage, reply, tokenizer, stops):
-    """Chats in the terminal until an empty line. `reply(row, number)` yields an answer's ids."""
+def talk(stage, reply, tokenizer, stops, check=None):
+    """Chats in the terminal until an empty line. `reply(row, number)` yields an answer's ids.
+
+    With a safety filter `check` an answer is shown when it is complete, or replaced.
+    """
     lines = "\n".join(f"  {question}" for question in examples())
     print(INTRO.format(stage=stage, examples=lines))
     number = 0
@@ -240,8 +243,9 @@ def talk(stage, reply, tokenizer, stops):
         while question := input("\nYou:   ").strip():
             row, ids = row_of(question), []
             print("Model: ", end="", flush=True)
+            parts = pieces(tokenizer, noted(reply(row, number), ids))
             text = ""
-            for piece in pieces(tokenizer, noted(reply(row, number), ids)):
+            for piece in parts if check is None else checked(check, row["prompt"], parts):
                 text += piece
                 print(printable(piece), end="", flush=True)
             told = verdict(row, text, bool(ids) and ids[-1] in stops)
@@ -249,6 +253,13 @@ def talk(stage, reply, tokenizer, stops):
             number += 1
     except (EOFError, KeyboardInterrupt):
         print()
+
+
+def checked(check, prompt, parts):
+    """Yields a whole answer, or what a safety filter shows in its place, and why."""
+    text = "".join(parts)
+    (why,) = safety.look(check, [prompt], [text])
+    yield f"{safety.REPLACEMENT} (safety filter: {why})" if why else text
 
 
 def noted(values, notes):

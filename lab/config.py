@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import CourseError
+from lab import CourseError, alerts
 from lab.runs import has_record, read_record
 from lab.settings import Settings, knob
 from lab.tracking import tracker_names
@@ -20,7 +20,7 @@ REAL = COLAB | dict(
     metric="lab.companion.parts, lab.companion.whole, lab.companion.supportive",
     plain_text="dataset/companion/plain.txt", memory=6.0, lora_rank=16, temperature=0.7,
     max_prompt=96, max_new_tokens=64, sft_share=0.45, preference_share=0.25, prompt_share=0.3,
-    validation_rows=20, actor_lr=2e-3, actor_batch=8, actor_epochs=2, critic_lr=1e-3,
+    watchdog=0, validation_rows=20, actor_lr=2e-3, actor_batch=8, actor_epochs=2, critic_lr=1e-3,
     norm_prompts=16, steps=14, minibatch=16, ppo_epochs=1, policy_lr=5e-4, value_lr=1e-3,
     kl_coef=0.05, test_rows=96, best_of_rows=32, dpo_lr=1e-4,
 )  # fmt: skip
@@ -200,6 +200,11 @@ class Config(Settings):
         0.001, "critic", "weight of the mean squared score in the loss; keeps scores near zero"
     )
     ensemble: int = knob(1, "critic", "number of reward models, each with its own order of pairs")
+    watchdog: float = knob(
+        0.2,
+        "critic rlhf",
+        "share of the pairs for a second reward model, which only watches over 3_rlhf; 0: none",
+    )
     norm_prompts: int = knob(64, "critic", "prompts that set the scale of the scores")
     norm_answers: int = knob(4, "critic", "answers to each of these prompts")
     feedback_weight: int = knob(
@@ -267,6 +272,15 @@ class Config(Settings):
         3.0, "rlhf", "subtracted from the score of an answer without eos"
     )
     length_penalty: float = knob(0.0, "rlhf", "subtracted from the score for every answer token")
+    safety: str = knob(
+        "",
+        "rlhf",
+        "safety filter of the answers: rules (word list and rules), or module.function(prompts, "
+        "responses) -> reasons; empty: none",
+    )
+    safety_penalty: float = knob(
+        0.0, "rlhf", "subtracted from the score of an answer that the filter finds unsafe"
+    )
     stop_kl: float = knob(
         0.1,
         "rlhf",
@@ -275,8 +289,8 @@ class Config(Settings):
     kl_limit: float = knob(
         10.0, "rlhf", "alert when the KL per answer exceeds this many nats; 0: never"
     )
-    stop_on_alert: bool = knob(
-        False, "rlhf", "stop the run on an alert (high KL, empty answers, answers without eos)"
+    stop_on_alert: str = knob(
+        "", "rlhf", 'alerts that stop the run: all, or names like "kl, watchdog"; empty: none'
     )
     sample_every: int = knob(5, "rlhf", "steps between sample answers to a fixed set of prompts")
     dpo_beta: float = knob(0.3, "rlhf test", "DPO: beta, which keeps the policy near the reference")
@@ -315,6 +329,12 @@ class Config(Settings):
     )
     one_of = ONE_OF
 
+    def __init__(self, preset="auto", **values):
+        stop = str(values.get("stop_on_alert")).lower()
+        if stop in ("true", "false"):
+            values["stop_on_alert"] = {"true": "all", "false": ""}[stop]
+        super().__init__(preset, **values)
+
     @staticmethod
     def implied(values):
         """Returns the usual settings of the chosen algorithm; your own values override them."""
@@ -341,6 +361,7 @@ class Config(Settings):
     def check(self):
         """Raises a CourseError for values that cannot work; it names the value and the rule."""
         tracker_names(self.tracker)
+        alerts.names(self.stop_on_alert)
         shares = self.sft_share, self.preference_share, self.prompt_share
         for name, fine, rule in (
             (
@@ -357,6 +378,7 @@ class Config(Settings):
             ("beta2", self.beta2 < 1, "it must be at least 0 and below 1"),
             ("gamma", 0 <= self.gamma <= 1, "it must lie between 0 and 1"),
             ("lam", 0 <= self.lam <= 1, "it must lie between 0 and 1"),
+            ("watchdog", self.watchdog < 0.5, "it must be at least 0 and below 0.5"),
             ("temperature", self.temperature > 0, "it must be above 0"),
             ("warmup", 0 <= self.warmup < 1, "it must be at least 0 and below 1"),
             ("rollout", self.rollout % self.answers == 0, "it must be a multiple of answers"),

@@ -63,7 +63,7 @@ def loading(path, part=""):
 
 
 @contextmanager
-def scoring_errors(what="reward"):
+def scoring_errors(what="reward", returns="a finite number for each answer"):
     """Turns an error in your own reward or metric into one that names the line of code."""
     try:
         yield
@@ -73,7 +73,7 @@ def scoring_errors(what="reward"):
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise CourseError(
             f"The {what} failed ({Path(line.filename).name}, line {line.lineno}: "
-            f"{type(error).__name__}: {error}). It must return a finite number for each answer."
+            f"{type(error).__name__}: {error}). It must return {returns}."
         ) from error
 
 

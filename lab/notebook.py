@@ -303,6 +303,13 @@ def values(root):
     return tokens, {"before training": old, "after training": new}
 
 
+def raised(root):
+    """The alerts of 3_rlhf as it ran last, one row each."""
+    path = artifact(root, "rlhf") / "alerts.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return pd.DataFrame([json.loads(line) for line in lines])
+
+
 def samples(root, temperature):
     """Answers to the same prompts before and after the training, one row per prompt.
 

@@ -131,6 +131,11 @@ def card_of(root, stage, name, record):
             f"The ensemble has {len(members) + 1} reward models; the other ones are in the folders "
             f"{', '.join(members)} (`subfolder=` of `from_pretrained`)."
         )
+    if any(file.startswith("watchdog/") for file in record["files"]):
+        parts.append(
+            "The folder watchdog has a second reward model, which learned from other pairs. It "
+            "watches over the training of a policy; no reward contains it."
+        )
     return metadata(stage, source, embedded, algorithm) + "\n\n".join(parts) + "\n"
 
 

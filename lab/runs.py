@@ -411,16 +411,11 @@ class Stage:
         self.trackers.log(metrics, self.step)
         return metrics
 
-    def alert(self, before, now, stop):
-        """Prints the alerts that were not raised in the last step; `stop` makes them an error."""
-        for name in now.keys() - before.keys():
-            self.say(now[name])
-            self.trackers.text("alerts", now[name], self.step)
-        if now and stop:
-            raise CourseError(
-                f"{' '.join(now.values())} The run stopped because stop_on_alert = True; set it to "
-                "False to resume from the last checkpoint."
-            )
+    def alert(self, alert):
+        """Prints an alert, sends it to the trackers and appends it to alerts.jsonl."""
+        self.say(alert["sentence"])
+        self.trackers.text("alerts", alert["sentence"], alert["step"])
+        self.append("alerts.jsonl", [alert])
 
     def samples(self, rows):
         """Appends sample answers to samples.jsonl, one per line."""

@@ -456,6 +456,38 @@ def epochs(cfg, purpose, count, size, laps):
     ]
 
 
+WATCHDOG_NEEDS = 50  # pairs
+
+
+def apart(cfg, rows, say=None):
+    """Splits pairs into those to learn from, and those that only the watchdog may see.
+
+    The seed and the prompt decide, so all pairs of a prompt fall on one side. What a person has
+    compared is never for the watchdog.
+    """
+    share = cfg.watchdog
+    theirs = [
+        row.get("by") != "person" and place(f"{cfg.seed} watchdog {row['prompt']}") < share
+        for row in rows
+    ]
+    if share and not WATCHDOG_NEEDS <= sum(theirs) <= len(rows) / 2:
+        if say:
+            say(
+                f"watchdog = {share:g} gives the watchdog {sum(theirs)} of {len(rows)} pairs. It "
+                f"needs at least {WATCHDOG_NEEDS} and at most half of them, so there will be no "
+                "watchdog, and the reward model learns from all pairs."
+            )
+        return rows, []
+    kept = [row for row, its in zip(rows, theirs) if its]
+    return [row for row, its in zip(rows, theirs) if not its], kept
+
+
+def watchdog_plan(cfg, count, steps):
+    """Returns {step: row indices}: the batches of the watchdog, spread evenly over the steps."""
+    plan = epochs(cfg, "watchdog", count, cfg.critic_batch, cfg.critic_epochs) if count else []
+    return {i * steps // len(plan): rows for i, rows in enumerate(plan)}
+
+
 def prompt_batch(cfg, prompts, step):
     """Returns the prompts of one step, each repeated `answers` times.
 

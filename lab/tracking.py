@@ -13,11 +13,13 @@ import sys
 import textwrap
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from statistics import mean
 from types import ModuleType
 
 from lab import CourseError
 from lab.errors import explained
 from lab.hub import reason_of
+from lab.rewards import repetition
 from lab.settings import nearest
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab", "none")
@@ -207,7 +209,7 @@ def mean_of(updates):
 
 
 def rollout_metrics(rollout, cfg):
-    """Returns the metrics of a rollout: reward, KL, lengths, endings and speed."""
+    """Returns the metrics of a rollout: reward, KL, lengths, endings, repetition and speed."""
     metrics = {
         "reward": rollout.scores.mean().item(),
         "kl": rollout.kl.mean().item(),
@@ -215,6 +217,12 @@ def rollout_metrics(rollout, cfg):
         "eos": rollout.ended.float().mean().item(),
         "empty": sum(not text for text in rollout.responses) / len(rollout.responses),
     }
+    metrics |= {
+        "repetition": mean(repetition(rollout.prompts, rollout.responses)),
+        "sameness": sameness(rollout.prompts, rollout.responses),
+    }
+    if rollout.unsafe is not None:
+        metrics["unsafe"] = rollout.unsafe.float().mean().item()
     metrics |= {f"seconds_{name}": spent for name, spent in rollout.seconds.items()}
     metrics["tokens_per_second"] = rollout.mask.sum().item() / rollout.seconds["generate"]
     metrics |= {f"reward_{name}": mean for name, mean in rollout.parts.items()}
@@ -222,3 +230,11 @@ def rollout_metrics(rollout, cfg):
         groups = rollout.scores.view(-1, cfg.answers)
         metrics["zero_deviation"] = (groups.std(1) < 1e-6).float().mean().item()
     return metrics
+
+
+def sameness(prompts, responses):
+    """Returns the share of the answers that another prompt has received too, word for word."""
+    askers = {}
+    for prompt, text in zip(prompts, responses):
+        askers.setdefault(text, set()).add(prompt)
+    return sum(len(askers[text]) > 1 for text in responses) / len(responses)

@@ -124,7 +124,6 @@ def run_loop(crew, cfg, prompts, say=print):
         steps=lambda total, optimiser: range(total),
         samples=lambda rows: None,
         append=lambda name, rows: None,
-        alert=lambda *alerts, **how: None,
     )
     rows = [{"prompt": prompt} for prompt in prompts]
     with mock.patch.object(util, "load_rows", lambda *_, **__: rows):

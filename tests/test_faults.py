@@ -1380,9 +1380,9 @@ def beyond_kl_limit(course):
     course.changes |= dict(kl_limit=1e-6, policy_lr=1e-2, kl_estimator="k3")
 
 
-@fault(TRAINING, "rlhf", r"KL is \S+ nats.*The run stopped because stop_on_alert = True")
+@fault(TRAINING, "rlhf", r"KL is \S+ nats.*The run stopped because stop_on_alert = 'kl'")
 def beyond_kl_limit_and_stopped(course):
-    """KL is above kl_limit, with stop_on_alert = True"""
+    """KL is above kl_limit, with stop_on_alert = "kl\""""
     calls = []
 
     def fourth_is_eos(token):
@@ -1391,16 +1391,23 @@ def beyond_kl_limit_and_stopped(course):
 
     course.every_token(fourth_is_eos)
     course.reward = lambda prompts, responses: [3.0] * len(responses)  # likelier, all of them
-    course.changes |= dict(kl_limit=1e-3, policy_lr=1e-2, whiten=False, stop_on_alert=True)
+    course.changes |= dict(kl_limit=1e-3, policy_lr=1e-2, whiten=False, stop_on_alert="kl")
 
 
-@fault(TRAINING, "rlhf", r"100% of the answers are empty\. Raise kl_coef, and check", "on")
+@fault(
+    TRAINING,
+    "rlhf",
+    r"100% of the answers are empty: the policy has collapsed, or the reward",
+    "on",
+)
 def nothing_but_eos(course):
     """every answer is empty"""
     course.every_token(torch.ones_like)
 
 
-@fault(TRAINING, "rlhf", r"Only 0% of the answers end within max_new_tokens\. Raise max_new", "on")
+@fault(
+    TRAINING, "rlhf", r"Only 0% of the answers end within max_new_tokens: answers are cut off", "on"
+)
 def no_eos(course):
     """no answer ends"""
     course.every_token(lambda token: token.clamp(min=2))

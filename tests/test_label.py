@@ -280,7 +280,7 @@ def test_comparisons_with_a_winner_are_mixed_in_by_weight(place):
     assert rows[: len(plain)] == plain and len(rows) == len(plain) + 3 * 3
     first = lines(place)[0]
     pair = {"prompt": first["prompt"], "chosen": first["left"], "rejected": first["right"]}
-    assert rows.count(pair) == 3
+    assert rows.count(pair | {"by": "person"}) == 3
     assert len(said) == 1 and said[0].startswith("3 comparisons of feedback.jsonl count 3 times")
     assert util.preference_rows(cfg.changed(feedback_weight=0), said.append) == plain
     assert len(said) == 1

@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification
 
 import util
 from lab import CourseError, checks, errors, memory
-from lab.runs import Stage
 from tests.conftest import rollout_of
 
 ROWS = [
@@ -421,36 +420,6 @@ def test_a_reward_must_be_a_number_for_each_answer(scores):
 def test_a_reward_may_come_as_any_row_of_numbers(kind):
     scores, parts = util.ask(lambda p, r: kind([1, 2.5]), ["a", "b"], ["c", "d"])
     assert scores.tolist() == [1.0, 2.5] and parts == {}
-
-
-# -------------------------------------------------------------------------------------- alerts
-
-FINE = {"kl": 1.0, "empty": 0.0, "eos": 1.0}
-
-
-@pytest.mark.parametrize(
-    "change, word",
-    [({"kl": 11.0}, "kl_limit"), ({"empty": 0.6}, "empty"), ({"eos": 0.4}, "max_new_tokens")],
-)
-def test_alerts_name_what_is_wrong_and_what_to_do(change, word):
-    assert checks.alerts(FINE, 10.0) == {}
-    ((_, sentence),) = checks.alerts(FINE | change, 10.0).items()
-    assert word in sentence and "Raise" in sentence
-
-
-def test_a_limit_of_zero_means_no_alert():
-    assert checks.alerts(FINE | {"kl": 1e6}, 0) == {}
-
-
-def test_an_alert_is_said_when_it_comes_up_and_once(tmp_path, capsys):
-    with Stage(tmp_path, "rlhf", {}) as stage:
-        risen = {"kl": "KL is too large."}
-        stage.alert({}, risen, stop=False)
-        stage.alert(risen, risen, stop=False)
-        assert capsys.readouterr().out.count("KL is too large.") == 1
-        with pytest.raises(CourseError, match="KL is too large.*stop_on_alert"):
-            stage.alert(risen, risen, stop=True)
-        stage.alert(risen, {}, stop=True)
 
 
 # ------------------------------------------------------------------------------------- the machine

@@ -128,7 +128,7 @@ def one_step(root, name, tracker="tensorboard", config=None, **metrics):
     with Stage(root, name, config or {"seed": 7, "root": "secret"}, tracker=tracker) as stage:
         stage.samples([SAMPLE | {"step": 0}])
         stage.log({"step": 1, "steps": 1, "loss": 0.5, "kl": float("nan")} | metrics)
-        stage.alert({}, {"kl": "The KL is high."}, stop=False)
+        stage.alert({"step": 1, "name": "kl", "number": 11.0, "sentence": "The KL is high."})
         (stage.folder / "model.safetensors").write_bytes(b"weights")
     return root / "model" / name
 
