@@ -1435,44 +1435,51 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None, kept=None):
 class Examined:
     """What 4_test finds out about one model."""
 
-    tokenizer: object
     sampled: list  # the results of `evaluate` at cfg.temperature
     greedy: list  # and at temperature 0
-    tokens: list  # what `evaluate` kept of the sampled answers
-    pairs: object  # how likely the model finds the held-out pairs, see `read_pairs`
+    tokens: list  # what `evaluate` kept of the sampled answers, of the actor only
+    summary: dict  # its entry in report.json
     graded: list = None  # its answers to the prompts of the categories
-    summary: dict = None  # its entry in report.json
+    pairs: object = None  # how likely it finds the held-out pairs, see `read_pairs`
 
 
 def examine(crew, rows, pairs, cfg, actor=None, watchdog=None):
     """Everything that 4_test measures of one model, as an Examined. `actor` is what it has found
     out about the actor, with which it compares; None if this is the actor."""
-    tokens, model = [], crew.policy
-    sampled = evaluate(crew, rows, cfg, rng_for(cfg, "test"), kept=tokens)
+    tokens, say = [], partial(category_answers, crew, cfg)
+    kept = {} if actor else {"kept": tokens}
+    sampled = evaluate(crew, rows, cfg, rng_for(cfg, "test"), **kept)
     greedy = evaluate(crew, rows, cfg, rng_for(cfg, "test"), temperature=0)
     watch(watchdog, sampled)
-    found = Examined(crew.tokenizer, sampled, greedy, tokens, None)
-    if actor and crew.reference is model:  # another tokenizer: its tokens cannot be compared
-        for answer in sampled + greedy:
-            answer["kl"] = None
-    found.summary = summary = measures.summarise(sampled, greedy)
-    say = partial(category_answers, crew, cfg)
+    summary = measures.summarise(sampled, greedy)
+    found = Examined(sampled, greedy, tokens, summary)
     summary["categories"], found.graded = categories.graded(cfg, summary["judge"], say)
     if cfg.plain_text:
-        summary["perplexity"] = perplexity(model, crew.tokenizer, cfg)
+        summary["perplexity"] = perplexity(crew.policy, crew.tokenizer, cfg)
     if pairs:
-        found.pairs = read_pairs(model, crew.tokenizer, pairs, cfg)
+        found.pairs = read_pairs(crew.policy, crew.tokenizer, pairs, cfg)
         summary["reference_perplexity"] = measures.reference_perplexity(found.pairs)
+    compare_with_actor(found, actor, crew, cfg)
+    return found
+
+
+def compare_with_actor(found, actor, crew, cfg):
+    """Adds what needs the actor: win rates, KL backwards, implicit rewards. A model whose reference
+    is itself has other tokens than the actor, so the distance between them is not known."""
+    summary = found.summary
     if actor:
         comparisons = label.scan(label.path_of(cfg.root, label.TEST_FILE))[0]
-        summary["wins"] = measures.win_rates(sampled, actor.sampled, comparisons)
-    if not actor or crew.reference is not model:
-        first = actor or found
-        summary["kl_backwards"] = backward_kl(model, first.tokens, cfg) if actor else 0.0
-        if pairs:
-            implicit = measures.implicit_rewards(found.pairs, first.pairs, cfg.dpo_beta)
-            summary["implicit_reward"] = measures.preference_summary(implicit)
-    return found
+        summary["wins"] = measures.win_rates(found.sampled, actor.sampled, comparisons)
+    if actor and crew.reference is crew.policy:
+        summary["kl"] = None
+        for answer in found.sampled + found.greedy:
+            answer["kl"] = None
+        return
+    summary["kl_backwards"] = backward_kl(crew.policy, actor.tokens, cfg) if actor else 0.0
+    if found.pairs is not None:
+        actors = (actor or found).pairs
+        implicit = measures.implicit_rewards(found.pairs, actors, cfg.dpo_beta)
+        summary["implicit_reward"] = measures.preference_summary(implicit)
 
 
 def examine_models(cfg, names, rows, pairs, reward, watchdog=None, actor="actor"):

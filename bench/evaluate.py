@@ -68,9 +68,8 @@ def one_seed(cfg, n):
     examined = util.examine_models(cfg, names, rows, pairs, scorer, watchdog)
     models = {name: one.summary for name, one in examined.items()}
     tokenizer, actor = util.load_pair(cfg, "actor")
-    best_cfg = cfg.changed(best_of=n, best_of_rows=len(rows))
     crew = util.Crew(tokenizer, actor, actor, scorer)
-    best = util.best_of(crew, rows, best_cfg, util.rng_for(cfg, "best"))
+    best = util.best_of(crew, rows, cfg.changed(best_of=n), util.rng_for(cfg, "best"))
     models[f"best of {n}"] = util.summarise(best, (), examined["actor"].sampled, watchdog)
     critics = {}
     for name, critic in util.critics_to_test(cfg, watchdog).items():

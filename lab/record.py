@@ -115,41 +115,25 @@ def algorithms(runs, words, chosen=None):
 
 
 def evaluation(runs):
-    """The figures of bench/evaluate.py: means over the seeds, in brackets the lowest and the
-    highest; models are columns."""
+    """The figures of bench/evaluate.py: a column for each model, and a table of the reward models.
+    Means over the seeds, in brackets the lowest and the highest."""
     models = {name: [run["models"][name] for run in runs] for name in runs[0]["models"]}
     critics = {name: [run["critics"][name] for run in runs] for name in runs[0]["critics"]}
-    rows = [
-        [title, *(spread(get, found) for found in models.values())]
-        for title, get in FIGURES.items()
-    ]
-    right = table(
-        ["", "accuracy", "margin", "calibration error"],
-        [
-            [
-                name,
-                *(
-                    spread(lambda x, key=key: x[key], found)
-                    for key in ("accuracy", "margin", "calibration_error")
-                ),
-            ]
-            for name, found in critics.items()
-        ],
-        {},
-    )
-    return table(["", *models], rows, {}) + "\n" + right
+    rows = [[title, *(spread(of, x) for x in models.values())] for title, of in FIGURES.items()]
+    right = [[name, *(spread(of, x) for of in OF_CRITICS.values())] for name, x in critics.items()]
+    both = table(["", *models], rows, {}), table(["on pairs", *OF_CRITICS], right, {})
+    return "\n".join(both)
 
 
-def spread(get, found):
-    """The mean over the seeds, and the lowest and the highest where there are several."""
+def spread(figure, found):
+    """The mean of a figure over the seeds with its lowest and highest value; a dash if there is
+    none."""
     try:
-        values = [get(one) for one in found]
+        values = [figure(one) for one in found]
+        low, high = min(values), max(values)
     except (KeyError, TypeError):
         return "-"
-    if None in values:
-        return "-"
-    low, high = min(values), max(values)
-    more = f" ({report.digits(low, high)} to {report.digits(high)})" if len(values) > 1 else ""
+    more = f" ({report.digits(low, high)} to {report.digits(high)})" if low < high else ""
     return report.digits(mean(values), high) + more
 
 
@@ -175,6 +159,11 @@ FIGURES = {  # row of the table in docs/evaluation.md: where it stands in an ent
     "distinct-2": lambda m: m["distinct_2"],
     "self-BLEU": lambda m: m["self_bleu"],
     "answers said before": lambda m: m["said_before"],
+}
+OF_CRITICS = {
+    "right": lambda x: x["accuracy"],
+    "margin": lambda x: x["margin"],
+    "calibration error": lambda x: x["calibration_error"],
 }
 
 

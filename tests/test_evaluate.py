@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import util
-from lab import CourseError, categories, compare, label, measures, models, report, world
+from lab import CourseError, categories, compare, label, measures, models, record, report, world
 from lab import __main__ as driver
 
 # ------------------------------------------------------------------------------------- categories
@@ -592,6 +592,20 @@ def test_a_report_with_and_without_a_critic_and_categories(examined, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("<details>") == 2 and "harmless: x" in page and "reward model" in page
     assert report.judged_bars(graded).get_label().startswith("harmless. actor: sampled 0.50")
+
+
+def test_the_page_shows_means_over_the_seeds_with_their_range(examined):
+    pairs = pd.DataFrame({"kind": "x", "chosen": [1.0, 2.0], "rejected": [0.0, 3.0]})
+    critics = {"reward model": report.critic_summary(pairs)}
+    runs = []
+    for judge in (0.25, 0.75):
+        models = {"actor": examined.first.summary, "ppo": examined.second.summary}
+        models["ppo"] = models["ppo"] | {"judge": {"mean": judge}}
+        runs.append({"models": models, "critics": critics})
+    page = record.evaluation(runs)
+    assert "|  | actor | ppo |" in page and "| judge, sampled | - | 0.50 (0.25 to 0.75) |" in page
+    assert "| implicit reward: margin | 0.00 |" in page, "equal seeds need no range"
+    assert "| reward model | 0.50 |" in page
 
 
 def test_every_key_of_the_report_is_described(examined, root):
