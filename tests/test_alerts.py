@@ -42,6 +42,7 @@ PLANTED = {  # rule: {metric: a function of the progress from 0 to 1}
     "kl": {"kl": lambda x: 20 * x},
     "watchdog": {"watchdog": lambda x: 4 * x * (1 - x), "reward": lambda x: x},
     "entropy": {"entropy": lambda x: 0.14 * (1 - x) ** 3},
+    "scatter": {"entropy": lambda x: 0.14 + 0.3 * x},
     "long": {"length": lambda x: 12 + 25 * x},
     "short": {"length": lambda x: 12 - 11 * x},
     "empty": {"empty": lambda x: x},
