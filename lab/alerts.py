@@ -77,21 +77,27 @@ def best_of_recent(name, count):
     return measure
 
 
-def fall_of_watchdog(history):
-    """Returns how far the watchdog's score has fallen from its best, if the reward has not.
+def unconfirmed(history):
+    """Returns the share of the reward's gain that the watchdog does not confirm.
 
-    Both are means over the last steps. By its scale, the watchdog gives the actor 0 on average. It
-    returns 0 where the reward has fallen as well.
+    It is the gain since the first time that the watchdog's score was as high as now, to a tenth.
+    Both numbers are means over the last steps; by its scale the watchdog gives the actor 0 on
+    average. While the reward has gained no more than its noise, the share is 0.
     """
     steps = [step for step in history if None not in (step.get("watchdog"), step.get("reward"))]
     if len(steps) < WINDOW:
         return None
-    points = [(0.0, steps[0]["reward"])]
+    rewards = [step["reward"] for step in steps]
+    points = [(0.0, rewards[0])]
     for end in range(RECENT, len(steps) + 1):
         part = steps[max(0, end - WINDOW) : end]
         points.append(tuple(fmean(step[name] for step in part) for name in ("watchdog", "reward")))
-    best, now = max(points), points[-1]
-    return best[0] - now[0] if now[1] >= best[1] else 0.0
+    score, reward = points[-1]
+    gain = reward - rewards[0]
+    late = rewards[-2 * WINDOW :]
+    noise = fmean(abs(b - a) for a, b in zip(late, late[1:]))
+    before = next(point for point in points if point[0] >= score - 0.1 * abs(score))
+    return (reward - before[1]) / gain if gain > 3 * noise else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,11 +129,11 @@ RULES = (
         "Raise kl_coef or lower policy_lr.",
     ),
     Rule(
-        "watchdog", "how far the watchdog's score has fallen from its best, the reward has not",
-        0.3, fall_of_watchdog,
-        "The watchdog's score is {x:.2f} below its best, and the reward has not fallen",
+        "watchdog", "share of the reward's gain that the watchdog does not confirm", 0.3,
+        unconfirmed,
+        "{x:.0%} of the reward's gain came while the watchdog's score did not rise",
         "the policy exploits errors of the reward",
-        "Stop at an earlier step, raise kl_coef, or give the reward model more pairs.",
+        "Take an earlier step, raise kl_coef, or give the reward model more pairs.",
     ),
     Rule(
         "entropy", "entropy as a share of its start", 0.05, growth("entropy"),
