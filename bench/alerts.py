@@ -42,7 +42,7 @@ CHEATING = {
     "flattering, KL price 0.05": GRPO | {"reward": "0.1*model + sentiment", "kl_coef": 0.05},
 }
 WEAK_PAIRS, WEAK_NOISE = 400, 0.3  # the weak proxy: few pairs, and labels turned round
-EVERY, ROWS = 3, 150  # the judge looks every few steps at answers to so many questions
+EVERY, ROWS = 3, 100  # the judge looks every few steps at answers to so many questions
 KEPT = (
     "step reward watchdog kl entropy length empty eos repetition sameness explained_variance "
     "value_loss clip_fraction zero_deviation"
@@ -72,6 +72,8 @@ def prepare(seed, folder, start, split):
     """Two courses that share base and actor: one with a good proxy, one with a weak one."""
     for name in ("good", "weak"):
         root = folder / name
+        if (root / "model" / "critic").exists():
+            continue
         (root / "model").mkdir(parents=True)
         (root / "dataset").symlink_to(ROOT / "dataset")
         cfg = util.Config("tiny", root=str(root), seed=seed, ensemble=3, tracker="none")
@@ -224,11 +226,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--only", nargs="*", default=[*HONEST, *CHEATING], help="default: all runs")
-    parser.add_argument("--steps", type=int, default=24, help="rollouts of a run; default: 24")
+    parser.add_argument("--steps", type=int, default=18, help="rollouts of a run; default: 18")
     parser.add_argument("--split", choices=["eval", "tune"], default="eval", help="default: eval")
     parser.add_argument(
         "--start", default="", help="folder with trained base and actor; {} is the seed"
     )
+    parser.add_argument("--folder", type=Path, help="keep the trained models here, to use again")
     parser.add_argument("--out", type=Path, help="write all figures to this file as JSON")
     parser.add_argument("--page", type=Path, help="write docs/alerts.md from this file and stop")
     args = parser.parse_args()
@@ -237,11 +240,12 @@ def main():
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     runs = []
-    for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = prepare(seed, Path(folder), args.start, args.split)
+    with tempfile.TemporaryDirectory() as empty:
+        for seed in args.seeds:
+            folder = (args.folder or Path(empty)) / f"seed-{seed}"
+            rows = prepare(seed, folder, args.start, args.split)
             for name in args.only:
-                root = str(Path(folder) / ("weak" if name == "weak proxy" else "good"))
+                root = str(folder / ("weak" if name == "weak proxy" else "good"))
                 values = (HONEST | CHEATING)[name] | {"steps": args.steps, "root": root}
                 cfg, began = util.Config("tiny", seed=seed, tracker="none", **values), time.time()
                 run = {"name": name, "seed": seed, "made to cheat": name in CHEATING}

@@ -61,7 +61,7 @@ def test_every_rule_has_a_planted_failure():
 
 
 def test_an_honest_run_raises_no_alert():
-    assert names_in(honest()) == set() and names_in(honest(300)) == set()
+    assert names_in(honest()) == set() and names_in(honest(120)) == set()
 
 
 def test_the_recorded_runs_of_the_real_model_raise_no_alert(root):
