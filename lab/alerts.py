@@ -12,7 +12,11 @@ from statistics import fmean
 from lab import CourseError
 from lab.settings import nearest
 
-START, WINDOW, QUIET = 3, 5, 5  # steps: of a start, of a mean, before an alert is told again
+RECENT, WINDOW, QUIET = (
+    3,
+    5,
+    5,
+)  # steps of a short and a long mean, and before a rule repeats itself
 
 
 # --------------------------------------------------------------------------------------------------
@@ -40,27 +44,25 @@ def recent(name, count=WINDOW):
 
 
 def growth(name, least=0.0):
-    """Returns a function that divides a metric's recent mean by its mean at the start.
+    """Returns a function that divides a metric's recent mean by its value at the first step.
 
     `least` is the smallest start that it divides by.
     """
 
     def measure(history):
         found = values(history, name)
-        if len(found) < 2 * START:
-            return None
-        start = max(fmean(found[:START]), least)
-        return fmean(found[-START:]) / start if start > 0 else None
+        start = max(found[0], least) if len(found) > RECENT else 0
+        return fmean(found[-RECENT:]) / start if start > 0 else None
 
     return measure
 
 
 def rise(name):
-    """Returns a function that measures how far a metric's recent mean is above its start."""
+    """Returns a function that measures how far a metric's recent mean is above the first step."""
 
     def measure(history):
         found = values(history, name)
-        return fmean(found[-START:]) - fmean(found[:START]) if len(found) >= 2 * START else None
+        return fmean(found[-RECENT:]) - found[0] if len(found) > RECENT else None
 
     return measure
 
@@ -75,21 +77,27 @@ def best_of_recent(name, count):
     return measure
 
 
-def fall_of_watchdog(history):
-    """Returns how far the watchdog's score has fallen from its best, if the reward has not.
+def unconfirmed(history):
+    """Returns the share of the reward's gain that the watchdog does not confirm.
 
-    Both are means over the last steps. It returns 0 where the reward has fallen as well.
+    It is the gain since the first time that the watchdog's score was as high as now, to a tenth.
+    Both numbers are means over the last steps; by its scale the watchdog gives the actor 0 on
+    average. While the reward has gained no more than its noise, the share is 0.
     """
     steps = [step for step in history if None not in (step.get("watchdog"), step.get("reward"))]
-    if len(steps) <= WINDOW:
+    if len(steps) < WINDOW:
         return None
-    score, reward = ([step[name] for step in steps] for name in ("watchdog", "reward"))
-    ends = range(START, len(steps) + 1)
-    means = [fmean(score[max(0, end - WINDOW) : end]) for end in ends]
-    best = max(range(len(means)), key=means.__getitem__)
-    end = ends[best]
-    kept = fmean(reward[-WINDOW:]) >= fmean(reward[max(0, end - WINDOW) : end])
-    return means[best] - means[-1] if kept else 0.0
+    rewards = [step["reward"] for step in steps]
+    points = [(0.0, rewards[0])]
+    for end in range(RECENT, len(steps) + 1):
+        part = steps[max(0, end - WINDOW) : end]
+        points.append(tuple(fmean(step[name] for step in part) for name in ("watchdog", "reward")))
+    score, reward = points[-1]
+    gain = reward - rewards[0]
+    late = rewards[-2 * WINDOW :]
+    noise = fmean(abs(b - a) for a, b in zip(late, late[1:]))
+    before = next(point for point in points if point[0] >= score - 0.1 * abs(score))
+    return (reward - before[1]) / gain if gain > 3 * noise else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,11 +129,11 @@ RULES = (
         "Raise kl_coef or lower policy_lr.",
     ),
     Rule(
-        "watchdog", "how far the watchdog's score has fallen from its best, the reward has not",
-        0.4, fall_of_watchdog,
-        "The watchdog's score is {x:.2f} below its best, and the reward has not fallen",
+        "watchdog", "share of the reward's gain that the watchdog does not confirm", 0.3,
+        unconfirmed,
+        "{x:.0%} of the reward's gain came while the watchdog's score did not rise",
         "the policy exploits errors of the reward",
-        "Stop at an earlier step, raise kl_coef, or give the reward model more pairs.",
+        "Take an earlier step, raise kl_coef, or give the reward model more pairs.",
     ),
     Rule(
         "entropy", "entropy as a share of its start", 0.05, growth("entropy"),
@@ -133,6 +141,12 @@ RULES = (
         "the policy gives the same answer every time and explores no more",
         "Raise kl_coef or entropy_coef, or lower policy_lr.",
         below=True,
+    ),
+    Rule(
+        "scatter", "entropy as a multiple of its start", 2, growth("entropy"),
+        "Entropy is {x:.1f} times as high as at the start",
+        "the policy drifts into text that the actor never writes",
+        "Raise kl_coef, or lower policy_lr or entropy_coef.",
     ),
     Rule(
         "long", "length as a multiple of its start", 2, growth("length"),
@@ -195,7 +209,7 @@ RULES = (
         "Lower policy_lr or ppo_epochs.",
     ),
     Rule(
-        "groups", "share of groups with equal scores, mean of 5 steps", 0.8,
+        "groups", "share of groups with equal scores, mean of 5 steps", 0.95,
         recent("zero_deviation"),
         "{x:.0%} of the groups had equal scores in the last steps and taught nothing",
         "all answers to a prompt are alike, or the reward cannot tell them apart",

@@ -19,7 +19,6 @@ from types import ModuleType
 from lab import CourseError
 from lab.errors import explained
 from lab.hub import reason_of
-from lab.rewards import repetition
 from lab.settings import nearest
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab", "none")
@@ -210,6 +209,8 @@ def mean_of(updates):
 
 def rollout_metrics(rollout, cfg):
     """Returns the metrics of a rollout: reward, KL, lengths, endings, repetition and speed."""
+    from lab.rewards import repetition  # it needs torch, and a tracker does not
+
     metrics = {
         "reward": rollout.scores.mean().item(),
         "kl": rollout.kl.mean().item(),

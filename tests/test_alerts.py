@@ -42,6 +42,7 @@ PLANTED = {  # rule: {metric: a function of the progress from 0 to 1}
     "kl": {"kl": lambda x: 20 * x},
     "watchdog": {"watchdog": lambda x: 4 * x * (1 - x), "reward": lambda x: x},
     "entropy": {"entropy": lambda x: 0.14 * (1 - x) ** 3},
+    "scatter": {"entropy": lambda x: 0.14 + 0.3 * x},
     "long": {"length": lambda x: 12 + 25 * x},
     "short": {"length": lambda x: 12 - 11 * x},
     "empty": {"empty": lambda x: x},
@@ -60,7 +61,7 @@ def test_every_rule_has_a_planted_failure():
 
 
 def test_an_honest_run_raises_no_alert():
-    assert names_in(honest()) == set() and names_in(honest(300)) == set()
+    assert names_in(honest()) == set() and names_in(honest(120)) == set()
 
 
 def test_the_recorded_runs_of_the_real_model_raise_no_alert(root):
@@ -81,13 +82,26 @@ def test_a_rule_notices_its_failure_and_no_other_does(name):
     assert alert["sentence"].endswith(rule.change) and math.isfinite(alert["number"])
 
 
-def test_the_watchdog_is_believed_only_while_the_reward_does_not_fall():
-    both = {"watchdog": lambda x: 4 * x * (1 - x), "reward": lambda x: 4 * x * (1 - x)}
-    assert "watchdog" not in names_in(honest(**both))
-    late = {"watchdog": lambda x: 0.0, "reward": lambda x: x}
-    assert names_in(honest(**late)) == set(), "it has not fallen"
-    first = {"watchdog": lambda x: -x, "reward": lambda x: x}
-    assert names_in(honest(**first)) == {"watchdog"}, "it falls from the first step on"
+@pytest.mark.parametrize(
+    "watchdog, reward, exploited",
+    [
+        (lambda x: 4 * x * (1 - x), lambda x: x, True),  # it falls, the reward does not
+        (lambda x: min(x, 0.4), lambda x: x, True),  # it stays, the reward goes on
+        (lambda x: -x, lambda x: x, True),  # it falls from the first step on
+        (lambda x: x, lambda x: x, False),
+        (lambda x: 0.1 * x, lambda x: 10 * x, False),  # the scales do not matter
+        (lambda x: 4 * x * (1 - x), lambda x: 4 * x * (1 - x), False),  # both fall
+        (lambda x: -x, lambda x: -x, False),
+    ],
+)
+def test_the_watchdog_must_confirm_what_the_reward_gains(watchdog, reward, exploited):
+    found = names_in(honest(watchdog=watchdog, reward=reward))
+    assert found == ({"watchdog"} if exploited else set())
+
+
+def test_a_reward_that_only_wavers_has_gained_nothing():
+    wavers = {"reward": lambda x: 0.2 * math.sin(50 * x), "watchdog": lambda x: 0.0}
+    assert names_in(honest(**wavers)) == set()
 
 
 def test_a_rule_without_its_metrics_does_not_apply():

@@ -148,7 +148,7 @@ def test_killed_in_the_middle_of_a_save_nothing_is_lost(finished, begin, monkeyp
 
 LAST_SAVES = {  # stage: (parameters, subfolders of its last save)
     "actor": (dict(lora_rank=4, actor_epochs=1), {"adapter"}),
-    "critic": (dict(lora_rank=4, ensemble=2), {"adapter", "member-1"}),
+    "critic": (dict(lora_rank=4, ensemble=2), {"adapter", "member-1", "watchdog"}),
 }
 
 
