@@ -27,6 +27,7 @@ in `lab/`, together with loading, memory limits and error messages.
 """
 
 import math
+import random
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -764,6 +765,7 @@ def train_critic(cfg, rows=None):
         rows = rows or preference_rows(cfg, stage.say)
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
+        rows = careful_rows(cfg, rows, stage.say) if cfg.critic_kind == "careful" else rows
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
         plans = [
             epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
@@ -786,6 +788,19 @@ def train_critic(cfg, rows=None):
         for i, model in enumerate(members):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
             models.save(model, tokenizer, stage.folder / f"member-{i}" if i else stage.folder)
+
+
+def careful_rows(cfg, rows, say=print):
+    """The pairs, and mirrored ones made of them, which need no further label.
+
+    To see one wrong word, a model must compare the answer with the question. A crowd's pairs rarely
+    ask for that: most wrong answers give themselves away. In mirrored pairs two questions differ in
+    some words, their answers differ in the same words, and only the comparison tells which answer
+    belongs to which question.
+    """
+    more = splits.mirrored_pairs(rows, random.Random(f"{cfg.seed} mirrored"))
+    say(f"critic_kind = careful: {len(more)} mirrored pairs, beside {len(rows)} others.")
+    return rows + more
 
 
 def critic_from_actor(cfg, member=0):

@@ -1,0 +1,226 @@
+"""Measures where reward models begin to see a single wrong word, and what RLHF gains from it.
+
+    python bench/blind_spot.py --seeds 0 1 2 --folder model/blind_spot --out docs/blind_spot.json
+
+The data are those of the embedded world in which three in ten of the wrong answers are right but
+for one word. Reward models of both kinds learn from 1,000 to 10,000 of its pairs, for bodies of
+different sizes; their accuracy is measured on pairs that differ in one word. With --rlhf, PPO then
+trains against the reward models that learned from the most pairs, and the judge scores the result.
+
+A figure that the JSON file holds is not measured again, so an interrupted run goes on where it
+stopped. The picture docs/blind_spot.svg is drawn from the same file.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pandas as pd  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+import util  # noqa: E402
+from lab import report, splits, world  # noqa: E402
+
+WORLD = world.World(subtle=0.3, popular=0.55)
+KINDS = ("plain", "careful", "careful, only training combinations")
+SIZES = {"64 x 2": (64, 2), "128 x 2": (128, 2), "128 x 4": (128, 4)}  # width x layers
+
+
+def drain(steps):
+    """Runs a training loop to its end; returns the seconds that it took."""
+    start = time.perf_counter()
+    for _ in steps:
+        pass
+    return time.perf_counter() - start
+
+
+def one_word_pairs(split, count):
+    """Pairs of a split whose rejected answer is right but for one word."""
+    only = world.World(subtle=1.0, popular=0.0)
+    rows = world.rows(only, split, 2 * count)
+    return [row for row in rows if row["flaw"] == "one word"][:count]
+
+
+def combination(prompt, answer):
+    """The combination that a text rests on, as `world.Item.trace` has it; None if it shows none."""
+    if answer.startswith("SELECT"):
+        words = answer.rstrip(";").split()
+        if found := re.match(r"SELECT [A-Z]+(\(\w+\)) FROM (\w+)", answer):
+            return (f"{found[1]} FROM {found[2]}",)
+        return (" ".join(words[: 7 if "ORDER" in words else 6]),)
+    if found := re.search(rf"\b({'|'.join(world.SAFE)}) (?:a|the|this) (\w+)", prompt):
+        return found.groups()
+    feeling = re.search(rf"\b({'|'.join(world.FEELINGS)})\b", prompt)
+    if cause := re.search(r"\bmy (\w+) (\w+)", prompt):
+        return feeling and (feeling[1], f"{cause[1]} {cause[2]}")
+    topics = r"win the (\w+ \w+) on (\w+)|rain in (\w+) on (\w+)|will (\w+) cost on (\w+)"
+    if found := re.search(topics, prompt):
+        return tuple(filter(None, found.groups()))
+    if found := re.search(r"What is the (\w+) of (\w+)\?|does (\w+) hide the (\w+)", prompt):
+        secret, owner, hider, treasure = found.groups()
+        return (owner, secret) if secret else (hider, treasure)
+    return None
+
+
+def in_training(pair):
+    """Whether both answers of a mirrored pair rest on combinations of the training split."""
+    traces = [combination(pair["prompt"], pair[name]) for name in ("chosen", "rejected")]
+    return all(trace is None or world.split_of(trace) == "train" for trace in traces)
+
+
+def accuracy(scores, rows):
+    """The share of pairs whose chosen answer scores higher, with its interval, and by kind."""
+    pairs = pd.DataFrame(scores)
+    pairs["kind"] = [row["kind"] for row in rows]
+    found = report.critic_summary(pairs)
+    low, high = report.share_interval(found["accuracy"], len(pairs))
+    return found | {"low": low, "high": high, "pairs": len(pairs)}
+
+
+def likelihoods(cfg, rows, shift=0):
+    """The actor's summed log-probs of both answers. `shift` asks the question of another row."""
+    tokenizer, model = util.load_pair(cfg, "actor")
+    asked = [rows[(i + shift) % len(rows)] | row_answers(row) for i, row in enumerate(rows)]
+    parts = util.in_parts(
+        lambda part: util.pair_logprobs(model, tokenizer, part, cfg)[:2], asked, cfg, model
+    )
+    columns = [[x for part in column for x in part.tolist()] for column in zip(*parts)]
+    return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in zip(*columns)]
+
+
+def row_answers(row):
+    return {name: row[name] for name in ("chosen", "rejected")}
+
+
+class Bench:
+    """The figures measured so far, and the folder in which the models are kept."""
+
+    def __init__(self, args):
+        self.args, self.folder, self.out = args, args.folder, args.out
+        found = args.out.exists()
+        self.runs = json.loads(args.out.read_text(encoding="utf-8")) if found else []
+        self.one_word = one_word_pairs(args.split, args.rows)
+        self.rows = list(world.rows(WORLD, args.split, args.rows))
+
+    def measured(self, **key):
+        return any(key.items() <= run.items() for run in self.runs)
+
+    def add(self, key, figures):
+        self.runs.append(key | figures)
+        self.out.write_text(json.dumps(self.runs, indent=1) + "\n", encoding="utf-8")
+        short = {k: round(v, 3) for k, v in figures.items() if isinstance(v, float)}
+        print(key, short, flush=True)
+
+    def config(self, size, seed, **values):
+        width, layers = SIZES[size]
+        root = self.folder / f"{width}x{layers}-seed-{seed}"
+        shape = dict(hidden_size=width, layers=layers, tracker="none")
+        return util.Config("tiny", root=str(root), seed=seed, **shape | values)
+
+    def actor(self, size, seed):
+        """Trains base and actor of a size, unless the folder holds them."""
+        cfg = self.config(size, seed)
+        if not (Path(cfg.root) / "dataset").exists():
+            world.write(WORLD, Path(cfg.root) / "dataset")
+        if not (Path(cfg.root) / "model" / "base").exists():
+            drain(util.train_base(cfg))
+        if not (Path(cfg.root) / "model" / "actor").exists():
+            drain(util.train_actor(cfg))
+        if not self.measured(what="language model", size=size, seed=seed):
+            own, other = (likelihoods(cfg, self.one_word, shift) for shift in (0, 1))
+            key = {"what": "language model", "size": size, "seed": seed}
+            found = accuracy(own, self.one_word)
+            control = accuracy(other, self.one_word)["accuracy"]
+            self.add(key, found | {"another question": control})
+
+    def critic(self, size, seed, kind, count):
+        """Trains a reward model on `count` pairs and measures it."""
+        key = {"what": "critic", "size": size, "seed": seed, "kind": kind, "from": count}
+        if self.measured(**key):
+            return
+        cfg = self.config(size, seed, critic_kind=kind.split(",")[0])
+        rows = util.preference_rows(cfg, lambda text: None)[:count]
+        with only_training_combinations("only" in kind):
+            seconds = drain(util.train_critic(cfg, rows))
+        folder = util.artifact(cfg.root, "critic")
+        scorer, tokenizer = util.load_scorer(folder, cfg), util.load_tokenizer(folder, cfg)
+        scores = util.evaluate_critic(scorer, tokenizer, self.one_word, cfg)
+        every = pd.DataFrame(util.evaluate_critic(scorer, tokenizer, self.rows, cfg))
+        found = accuracy(scores, self.one_word)
+        table = report.by_flaw(every)
+        found["flaws"] = dict(zip(table["flaw of the rejected answer"], table["right"]))
+        found["all flaws"] = report.critic_summary(every)["accuracy"]
+        found |= {"seconds": seconds, "parameters": sum(p.numel() for p in scorer.parameters())}
+        self.add(key, found)
+
+    def rlhf(self, size, seed, kind):
+        """PPO against the reward model that was trained last, judged sampled and greedy."""
+        key = {"what": "rlhf", "size": size, "seed": seed, "kind": kind}
+        if self.measured(**key):
+            return
+        cfg = self.config(size, seed, critic_kind="plain" if kind == "actor" else kind)
+        seconds, name = 0.0, "actor"
+        if kind != "actor":
+            shutil.rmtree(Path(cfg.root) / "model" / "rlhf", ignore_errors=True)
+            seconds, name = drain(util.train_rlhf(cfg)), "rlhf"
+        tokenizer, model = util.load_pair(cfg, name)
+        crew = util.Crew(tokenizer, model, util.load_pair(cfg, "actor")[1], None)
+        answers = [
+            util.evaluate(crew, self.rows, cfg, util.rng_for(cfg, "test"), temperature=t)
+            for t in (None, 0)
+        ]
+        kl = sum(answer["kl"] for answer in answers[0]) / len(self.rows)
+        found = {"judge": report.judged(answers[0]), "greedy": report.judged(answers[1])}
+        self.add(key, found | {"kl": kl, "seconds": seconds})
+
+
+class only_training_combinations:
+    """While it is open, mirrored pairs leave out combinations that the world keeps for tests."""
+
+    def __init__(self, active):
+        self.active, self.made = active, splits.mirrored_pairs
+
+    def __enter__(self):
+        if self.active:
+            splits.mirrored_pairs = lambda *args: list(filter(in_training, self.made(*args)))
+
+    def __exit__(self, *_):
+        splits.mirrored_pairs = self.made
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS[:2]), choices=list(KINDS))
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1_000, 3_000, 10_000])
+    parser.add_argument("--rlhf", action="store_true", help="PPO against the critics of most pairs")
+    parser.add_argument("--split", choices=["eval", "tune"], default="eval")
+    parser.add_argument("--rows", type=int, default=1_000, help="pairs and questions of the test")
+    parser.add_argument("--folder", type=Path, required=True, help="where the models are kept")
+    parser.add_argument("--out", type=Path, required=True, help="the figures, as JSON")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    bench = Bench(args)
+    for size in args.sizes:
+        for seed in args.seeds:
+            bench.actor(size, seed)
+            if args.rlhf:
+                bench.rlhf(size, seed, "actor")
+            for kind in args.kinds:
+                for count in sorted(args.pairs):  # PPO follows the critic of most pairs
+                    bench.critic(size, seed, kind, count)
+                if args.rlhf and "," not in kind:
+                    bench.rlhf(size, seed, kind)
+
+
+if __name__ == "__main__":
+    main()
