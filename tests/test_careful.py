@@ -132,8 +132,8 @@ def test_a_careful_critic_trains_and_loads_in_plain_transformers(course, values,
     cfg = config(course, critic_kind="careful", **values)
     steps = list(util.train_critic(cfg))
     rows = util.preference_rows(cfg, lambda text: None)
-    more = int(re.search(r"careful: (\d+) mirrored pairs", capsys.readouterr().out)[1])
-    assert len(steps) == -(-(len(rows) + more) // cfg.critic_batch) and more > len(rows)
+    more = int(re.search(r"(\d+) mirrored pairs beside", capsys.readouterr().out)[1])
+    assert len(steps) > (len(rows) + more) / cfg.critic_batch - 1 and more > len(rows)
     folder = util.artifact(cfg.root, "critic")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.num_labels == 1
@@ -152,6 +152,23 @@ def test_the_plain_critic_and_dpo_learn_from_the_given_pairs_only(course):
     rows = util.preference_rows(cfg, lambda text: None)
     assert len(list(util.train_critic(cfg))) == -(-len(rows) // cfg.critic_batch)
     assert util.preference_rows(cfg.changed(critic_kind="careful"), lambda text: None) == rows
+
+
+def test_half_of_the_mirrored_pairs_come_first_and_alone():
+    """Every row is read once, in batches of its own phase; each member has its own order."""
+    cfg = util.Config("tiny", critic_kind="careful", critic_batch=4)
+    rows, alone = util.careful_rows(cfg, ENGLISH, lambda text: None)
+    assert alone == len(ENGLISH) and len(rows) == 3 * len(ENGLISH)
+    assert not [row for row in rows[:alone] if row in ENGLISH]
+    assert rows[alone : 2 * alone] == ENGLISH, "the given pairs are in the second phase"
+    plans = [util.critic_plan(cfg, len(rows), alone, member) for member in (0, 1)]
+    for plan in plans:
+        places = [i for step in plan for i in step]
+        assert sorted(places) == list(range(len(rows)))
+        assert set(places[:alone]) == set(range(alone))
+    assert plans[0] != plans[1]
+    twice = util.critic_plan(cfg.changed(critic_epochs=2), len(rows), alone, 0)
+    assert len(twice) - len(plans[0]) == 2 * len(ENGLISH) // 4, "the others are read once more"
 
 
 def test_an_unknown_kind_is_an_error_with_a_suggestion():
