@@ -2,16 +2,18 @@
 
     python bench/blind_spot.py --seeds 0 1 2 --folder model/blind_spot --out docs/blind_spot.json
 
-The data are those of the embedded world in which three in ten of the wrong answers are right but
-for one word. Reward models of both kinds learn from 1,000 to 10,000 of its pairs, for bodies of
-different sizes; their accuracy is measured on pairs that differ in one word. With --rlhf, PPO then
-trains against the reward models that learned from the most pairs, and the judge scores the result.
+Reward models of both kinds start from the course's actor and learn from some of its pairs, for
+bodies of different sizes. Their accuracy is measured on pairs whose rejected answer is right but
+for one word. With --rlhf, the crowd's data change: three in ten of its wrong answers are right but
+for one word. An actor imitates this crowd, both kinds of reward models learn from its pairs, PPO
+trains against each, and the judge scores the results.
 
 A figure that the JSON file holds is not measured again, so an interrupted run goes on where it
 stopped. The picture docs/blind_spot.svg is drawn from the same file.
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -27,9 +29,15 @@ from transformers.utils import logging  # noqa: E402
 
 import util  # noqa: E402
 from lab import report, splits, world  # noqa: E402
+from lab.runs import read_record  # noqa: E402
 
-WORLD = world.World(subtle=0.3, popular=0.55)
-KINDS = ("plain", "careful", "careful, only training combinations")
+SUBTLE = world.World(subtle=0.3, popular=0.55)
+KINDS = {  # name: critic_kind
+    "plain": "plain",
+    "plain, pairs of the subtle world": "plain",
+    "careful": "careful",
+    "careful, only training combinations": "careful",
+}
 SIZES = {"64 x 2": (64, 2), "128 x 2": (128, 2), "128 x 4": (128, 4)}  # width x layers
 
 
@@ -107,7 +115,10 @@ class Bench:
         found = args.out.exists()
         self.runs = json.loads(args.out.read_text(encoding="utf-8")) if found else []
         self.one_word = one_word_pairs(args.split, args.rows)
-        self.rows = list(world.rows(WORLD, args.split, args.rows))
+        self.rows = {
+            subtle: list(world.rows(SUBTLE if subtle else world.World(), args.split, args.rows))
+            for subtle in (False, True)
+        }
 
     def measured(self, **key):
         return any(key.items() <= run.items() for run in self.runs)
@@ -118,67 +129,80 @@ class Bench:
         short = {k: round(v, 3) for k, v in figures.items() if isinstance(v, float)}
         print(key, short, flush=True)
 
-    def config(self, size, seed, **values):
+    def config(self, size, seed, subtle=False, **values):
+        """The parameters of one course, in a folder of its own."""
         width, layers = SIZES[size]
-        root = self.folder / f"{width}x{layers}-seed-{seed}"
+        root = self.folder / f"{width}x{layers}-seed-{seed}{'-subtle' * subtle}"
         shape = dict(hidden_size=width, layers=layers, tracker="none")
         return util.Config("tiny", root=str(root), seed=seed, **shape | values)
 
-    def actor(self, size, seed):
-        """Trains base and actor of a size, unless the folder holds them."""
-        cfg = self.config(size, seed)
-        if not (Path(cfg.root) / "dataset").exists():
-            world.write(WORLD, Path(cfg.root) / "dataset")
-        if not (Path(cfg.root) / "model" / "base").exists():
-            drain(util.train_base(cfg))
-        if not (Path(cfg.root) / "model" / "actor").exists():
-            drain(util.train_actor(cfg))
-        if not self.measured(what="language model", size=size, seed=seed):
-            own, other = (likelihoods(cfg, self.one_word, shift) for shift in (0, 1))
-            key = {"what": "language model", "size": size, "seed": seed}
-            found = accuracy(own, self.one_word)
-            control = accuracy(other, self.one_word)["accuracy"]
-            self.add(key, found | {"another question": control})
+    def actor(self, size, seed, subtle=False):
+        """Trains base and actor of a course, unless its folder holds them."""
+        cfg = self.config(size, seed, subtle)
+        data, root = self.folder / "subtle" if subtle else ROOT / "dataset", Path(cfg.root)
+        if not data.exists():
+            world.write(SUBTLE, data)
+        if not (root / "dataset").exists():
+            root.mkdir(parents=True, exist_ok=True)
+            (root / "dataset").symlink_to(data.resolve())
+        base = Path(self.config(size, seed).root) / "model" / "base"
+        if subtle and base.exists() and not (root / "model" / "base").exists():
+            shutil.copytree(base, root / "model" / "base")  # pretraining reads no data of a crowd
+        for name, train in (("base", util.train_base), ("actor", util.train_actor)):
+            if not (root / "model" / name).exists():
+                drain(train(cfg))
 
-    def critic(self, size, seed, kind, count):
+    def language_model(self, size, seed):
+        """The actor's own log-probs as a score, for the right question and for another one."""
+        key = {"what": "language model", "size": size, "seed": seed}
+        if not self.measured(**key):
+            cfg = self.config(size, seed)
+            own, other = (likelihoods(cfg, self.one_word, shift) for shift in (0, 1))
+            control = accuracy(other, self.one_word)["accuracy"]
+            self.add(key, accuracy(own, self.one_word) | {"another question": control})
+
+    def critic(self, size, seed, kind, count, subtle=False):
         """Trains a reward model on `count` pairs and measures it."""
         key = {"what": "critic", "size": size, "seed": seed, "kind": kind, "from": count}
+        key |= {"subtle": subtle}
         if self.measured(**key):
             return
-        cfg = self.config(size, seed, critic_kind=kind.split(",")[0])
+        cfg = self.config(size, seed, subtle, critic_kind=KINDS[kind])
         rows = util.preference_rows(cfg, lambda text: None)[:count]
+        if "pairs of the subtle" in kind:
+            rows = list(world.rows(SUBTLE, "train", count))
         with only_training_combinations("only" in kind):
             seconds = drain(util.train_critic(cfg, rows))
         folder = util.artifact(cfg.root, "critic")
         scorer, tokenizer = util.load_scorer(folder, cfg), util.load_tokenizer(folder, cfg)
         scores = util.evaluate_critic(scorer, tokenizer, self.one_word, cfg)
-        every = pd.DataFrame(util.evaluate_critic(scorer, tokenizer, self.rows, cfg))
-        found = accuracy(scores, self.one_word)
-        table = report.by_flaw(every)
+        every = pd.DataFrame(util.evaluate_critic(scorer, tokenizer, self.rows[subtle], cfg))
+        found, table = accuracy(scores, self.one_word), report.by_flaw(every)
         found["flaws"] = dict(zip(table["flaw of the rejected answer"], table["right"]))
         found["all flaws"] = report.critic_summary(every)["accuracy"]
         found |= {"seconds": seconds, "parameters": sum(p.numel() for p in scorer.parameters())}
         self.add(key, found)
 
-    def rlhf(self, size, seed, kind):
-        """PPO against the reward model that was trained last, judged sampled and greedy."""
+    def rlhf(self, size, seed, kind, count):
+        """The actor of the subtle world, or PPO from it; judged sampled and greedy."""
         key = {"what": "rlhf", "size": size, "seed": seed, "kind": kind}
         if self.measured(**key):
             return
-        cfg = self.config(size, seed, critic_kind="plain" if kind == "actor" else kind)
-        seconds, name = 0.0, "actor"
+        cfg, seconds, name = self.config(size, seed, True), 0.0, "actor"
         if kind != "actor":
+            self.critic(size, seed, kind, count, subtle=True)
+            if read_record(cfg.root, "critic")["config"]["critic_kind"] != kind:
+                drain(util.train_critic(cfg.changed(critic_kind=kind)))  # of an interrupted run
             shutil.rmtree(Path(cfg.root) / "model" / "rlhf", ignore_errors=True)
             seconds, name = drain(util.train_rlhf(cfg)), "rlhf"
         tokenizer, model = util.load_pair(cfg, name)
         crew = util.Crew(tokenizer, model, util.load_pair(cfg, "actor")[1], None)
-        answers = [
-            util.evaluate(crew, self.rows, cfg, util.rng_for(cfg, "test"), temperature=t)
-            for t in (None, 0)
-        ]
-        kl = sum(answer["kl"] for answer in answers[0]) / len(self.rows)
-        found = {"judge": report.judged(answers[0]), "greedy": report.judged(answers[1])}
-        self.add(key, found | {"kl": kl, "seconds": seconds})
+        rows, generator = self.rows[True], util.rng_for(cfg, "test")
+        sampled = util.evaluate(crew, rows, cfg, generator)
+        greedy = util.evaluate(crew, rows, cfg, generator, temperature=0)
+        kl = sum(answer["kl"] for answer in sampled) / len(rows)
+        found = {"judge": report.judged(sampled), "greedy": report.judged(greedy), "kl": kl}
+        self.add(key, found | {"seconds": seconds})
 
 
 class only_training_combinations:
@@ -199,9 +223,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS[:2]), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--pairs", type=int, nargs="+", default=[1_000, 3_000, 10_000])
-    parser.add_argument("--rlhf", action="store_true", help="PPO against the critics of most pairs")
+    parser.add_argument("--rlhf", action="store_true", help="PPO in the subtle world, too")
     parser.add_argument("--split", choices=["eval", "tune"], default="eval")
     parser.add_argument("--rows", type=int, default=1_000, help="pairs and questions of the test")
     parser.add_argument("--folder", type=Path, required=True, help="where the models are kept")
@@ -210,16 +234,15 @@ def main():
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     bench = Bench(args)
-    for size in args.sizes:
-        for seed in args.seeds:
-            bench.actor(size, seed)
-            if args.rlhf:
-                bench.rlhf(size, seed, "actor")
-            for kind in args.kinds:
-                for count in sorted(args.pairs):  # PPO follows the critic of most pairs
-                    bench.critic(size, seed, kind, count)
-                if args.rlhf and "," not in kind:
-                    bench.rlhf(size, seed, kind)
+    for size, seed in itertools.product(args.sizes, args.seeds):
+        bench.actor(size, seed)
+        bench.language_model(size, seed)
+        for kind, count in itertools.product(args.kinds, args.pairs):
+            bench.critic(size, seed, kind, count)
+        if args.rlhf:
+            bench.actor(size, seed, subtle=True)
+            for kind in ("actor", "plain", "careful"):
+                bench.rlhf(size, seed, kind, max(args.pairs))
 
 
 if __name__ == "__main__":
