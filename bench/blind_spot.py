@@ -114,11 +114,20 @@ class Bench:
         self.args, self.folder, self.out = args, args.folder, args.out
         found = args.out.exists()
         self.runs = json.loads(args.out.read_text(encoding="utf-8")) if found else []
-        self.one_word = one_word_pairs(args.split, args.rows)
+        split, count = args.split, args.rows
+        self.one_word = self.kept("one-word", lambda: one_word_pairs(split, count))
         self.rows = {
-            subtle: list(world.rows(SUBTLE if subtle else world.World(), args.split, args.rows))
-            for subtle in (False, True)
+            False: self.kept("course", lambda: list(world.rows(world.World(), split, count))),
+            True: self.kept("subtle", lambda: list(world.rows(SUBTLE, split, count))),
         }
+
+    def kept(self, name, make):
+        """The rows of a test; making them takes longer than reading them again."""
+        path = self.folder / f"{self.args.split}-{name}-{self.args.rows}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(make()), encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def measured(self, **key):
         return any(key.items() <= run.items() for run in self.runs)
