@@ -9,7 +9,7 @@ for one word. An actor imitates this crowd, both kinds of reward models learn fr
 trains against each, and the judge scores the results.
 
 A figure that the JSON file holds is not measured again, so an interrupted run goes on where it
-stopped. The picture docs/blind_spot.svg is drawn from the same file.
+stopped. The picture beside the JSON file and the tables of the page beside it are written anew.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import matplotlib  # noqa: E402
 import pandas as pd  # noqa: E402
+from matplotlib.ticker import NullLocator  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import util  # noqa: E402
-from lab import report, splits, world  # noqa: E402
+from lab import record, report, splits, world  # noqa: E402
 from lab.runs import read_record  # noqa: E402
 
 SUBTLE = world.World(subtle=0.3, popular=0.55)
@@ -228,6 +230,104 @@ class only_training_combinations:
         splits.mirrored_pairs = self.made
 
 
+# ------------------------------------------------------------------------------------------------
+# The picture and the tables
+
+
+def having(runs, **key):
+    return [run for run in runs if key.items() <= run.items()]
+
+
+def values_of(runs, field="accuracy"):
+    """The figures of several seeds, as text."""
+    return ", ".join(f"{run[field]:.2f}" for run in runs) or "-"
+
+
+def curve_of(runs, size, kind):
+    """(pairs, mean accuracy, lowest, highest) over the seeds, by number of pairs."""
+    points = having(runs, what="critic", size=size, kind=kind, subtle=False)
+    for count in sorted({run["from"] for run in points}):
+        found = [run["accuracy"] for run in points if run["from"] == count]
+        yield count, sum(found) / len(found), min(found), max(found)
+
+
+@matplotlib.rc_context(report.STYLE)
+def picture(runs):
+    """Accuracy on one-word errors against the number of pairs, for each size and kind."""
+    figure, (ax,) = report.canvas(height=3.6)
+    told, colours = [], dict(zip(SIZES, (report.GREEN, report.BLUE, report.ORANGE)))
+    for size, kind in itertools.product(SIZES, ("careful", "plain")):
+        if not (points := list(curve_of(runs, size, kind))):
+            continue
+        weights = having(runs, what="critic", size=size)[0]["parameters"]
+        label = f"{kind}, {weights / 1e6:.2f} million weights"
+        pairs, means, low, high = map(list, zip(*points))
+        look = dict(marker="o", linestyle="-") if kind == "careful" else dict(marker="s", ls=":")
+        ax.plot(pairs, means, color=colours[size], label=label, **look)
+        if low != high:
+            ax.fill_between(pairs, low, high, color=colours[size], alpha=0.2, linewidth=0)
+        said = ", ".join(f"{mean:.2f} from {count:,}" for count, mean, *_ in points)
+        told.append(f"{label}: {said}")
+    ax.axhline(0.5, color=report.INK, linestyle="--", linewidth=1)
+    ax.text(ax.get_xlim()[1], 0.505, "guessing", ha="right", va="bottom", fontsize=9)
+    ax.set(xscale="log", ylim=(0.4, 1.02), xlabel="pairs of the crowd")
+    ax.set_ylabel("right on one-word errors")
+    counts = sorted({run["from"] for run in having(runs, what="critic")})
+    ax.set_xticks(counts, [f"{count:,}" for count in counts])
+    ax.xaxis.set_minor_locator(NullLocator())
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.set_label(f"Accuracy on pairs that differ in one word. {'. '.join(told)}.")
+    return figure
+
+
+def language_model_table(runs):
+    """How often the actor finds the right answer likelier: one number for each seed."""
+    rows = [
+        [size, values_of(own), values_of(own, "another question")]
+        for size in SIZES
+        if (own := having(runs, what="language model", size=size))
+    ]
+    head = ["width x layers", "right answer likelier", "the same, after another row's question"]
+    return record.table(head, rows, {})
+
+
+def curve_table(runs):
+    """Accuracy on one-word errors by size, kind and number of pairs: one number for each seed."""
+    points = having(runs, what="critic", subtle=False)
+    counts, rows = sorted({run["from"] for run in points}), []
+    for size, kind in itertools.product(SIZES, KINDS):
+        if own := having(points, size=size, kind=kind):
+            millions = f"{own[0]['parameters'] / 1e6:.2f}"
+            cells = [values_of([run for run in own if run["from"] == count]) for count in counts]
+            longest = max(run["seconds"] for run in own)
+            rows.append([size, millions, kind, *cells, f"{longest:.0f}"])
+    head = ["width x layers", "million weights", "reward model"]
+    return record.table(head + [f"{n:,} pairs" for n in counts] + ["seconds"], rows, {})
+
+
+def gain_table(runs):
+    """What PPO gains in the subtle world: one number for each seed, and the means of the kinds."""
+    rows, kinds = [], world.KINDS
+    for name in ("actor", "plain", "careful"):
+        if own := having(runs, what="rlhf", kind=name):
+            judge, greedy = ([run[how]["mean"] for run in own] for how in ("judge", "greedy"))
+            row = [name if name == "actor" else f"PPO, {name}"]
+            row += [", ".join(f"{x:.3f}" for x in column) for column in (judge, greedy)]
+            for kind in kinds:
+                row.append(f"{sum(run['judge']['kinds'][kind] for run in own) / len(own):.2f}")
+            rows.append([*row, f"{sum(run['kl'] for run in own) / len(own):.2f}"])
+    return record.table(["", "judge, sampled", "judge, greedy", *kinds, "KL (nats)"], rows, {})
+
+
+def publish(runs, out):
+    """Writes the picture beside the figures, and the tables of the page beside them."""
+    out.with_suffix(".svg").write_text(report.svg(picture(runs)), encoding="utf-8")
+    if (page := out.with_suffix(".md")).exists():
+        record.fill(page, "knows", language_model_table(runs))
+        record.fill(page, "curve", curve_table(runs))
+        record.fill(page, "gain", gain_table(runs))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
@@ -252,6 +352,7 @@ def main():
             bench.actor(size, seed, subtle=True)
             for kind in ("actor", "plain", "careful"):
                 bench.rlhf(size, seed, kind, max(args.pairs))
+    publish(bench.runs, args.out)
 
 
 if __name__ == "__main__":
