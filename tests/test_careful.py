@@ -76,6 +76,26 @@ def test_only_words_that_the_question_names_are_exchanged():
         assert named.sub("", pair["chosen"]) == named.sub("", pair["rejected"])
 
 
+def test_two_words_change_places_where_a_question_names_both():
+    """A question that lists its choices, as the columns of a table, lists the same ones after."""
+    rows = [
+        {"prompt": f"Human: {', '.join(ANIMALS)}: I like the {one}. Assistant:", "chosen": one}
+        for one in ANIMALS
+    ]
+    for pair in mirrored(rows):
+        listed = pair["prompt"].split(":")[1]
+        assert sorted(re.findall(r"\w+", listed)) == sorted(ANIMALS)
+
+
+def test_signs_are_not_exchanged():
+    rows = [
+        {"prompt": f"Human: Say {one}{end} Assistant:", "chosen": f"{one}{end}"}
+        for one, end in (("yes", "."), ("yes", "!"), ("no", "."), ("no", "!"))
+    ]
+    signs = [re.sub(r"\w", "", pair["chosen"] + pair["rejected"]) for pair in mirrored(rows)]
+    assert signs and set(signs) == {"..", "!!"}
+
+
 def test_the_speakers_are_not_words_of_the_question():
     rows = [
         {"prompt": f"Human: Is {a} a Human? Assistant:", "chosen": f"{a} is a {b}."}
