@@ -27,6 +27,7 @@ in `lab/`, together with loading, memory limits and error messages.
 """
 
 import math
+import random
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -779,11 +780,9 @@ def train_critic(cfg, rows=None):
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
         watchdog = [critic_from_actor(cfg, cfg.ensemble)] if kept else []
+        rows, alone = careful_rows(cfg, rows, stage.say)
         checks.warn_about_texts(stage.say, tokenizer, rows, ["chosen", "rejected"], cfg)
-        plans = [
-            epochs(cfg, ("pairs", i), len(rows), cfg.critic_batch, cfg.critic_epochs)
-            for i in range(cfg.ensemble)
-        ]
+        plans = [critic_plan(cfg, len(rows), alone, i) for i in range(cfg.ensemble)]
         due = splits.watchdog_plan(cfg, len(kept), len(plans[0]))  # {step: rows of kept}
         rates = [(model, cfg.critic_lr) for model in (*members, *watchdog)]
         loss_of = partial(critic_loss, members, tokenizer, cfg)
@@ -807,6 +806,32 @@ def train_critic(cfg, rows=None):
         for name, model in zip(names, (*members, *watchdog)):
             model.config.reward_mean, model.config.reward_std = score_scale(model, cfg)
             models.save(model, tokenizer, stage.folder / name)
+
+
+def careful_rows(cfg, rows, say=print):
+    """(rows, alone): the pairs to learn from; the first `alone` of them come before the others.
+
+    A careful critic also learns from mirrored pairs, which are made of the given ones without any
+    further label. To see one wrong word, a model must compare the answer with the question, and a
+    crowd's pairs rarely ask for that: most wrong answers give themselves away. In mirrored pairs,
+    two questions differ in some words, their answers differ in the same words, and only the
+    comparison tells which answer belongs to which question. Half of them come first, alone: beside
+    pairs that are easier to tell apart, a critic would learn those and not to compare.
+    """
+    if cfg.critic_kind == "plain":
+        return rows, 0
+    more = splits.mirrored_pairs(rows, random.Random(f"{cfg.seed} mirrored"))
+    alone = len(more) // 2
+    say(f"{len(more)} mirrored pairs beside {len(rows)} others; {alone} of them come first.")
+    return more[:alone] + rows + more[alone:], alone
+
+
+def critic_plan(cfg, count, alone, member):
+    """The row indices of each step: one pass over the first `alone` rows, then `critic_epochs`
+    passes over the others. Each member has an order of its own."""
+    first = epochs(cfg, ("mirrored", member), alone, cfg.critic_batch, 1) if alone else []
+    others = epochs(cfg, ("pairs", member), count - alone, cfg.critic_batch, cfg.critic_epochs)
+    return first + [[alone + i for i in step] for step in others]
 
 
 def critic_from_actor(cfg, member=0):

@@ -50,6 +50,7 @@ ONE_OF = {
     "kl_in": ("reward", "loss"),
     "kl_estimator": ("k1", "k2", "k3"),
     "loss_mean": ("token", "answer"),
+    "critic_kind": ("plain", "careful"),
     "value_init": ("critic", "actor"),
     "ensemble_rule": ("mean", "min", "cautious"),
     "dpo_loss": ("sigmoid", "hinge", "ipo"),
@@ -186,6 +187,11 @@ class Config(Settings):
     critic_lr: float = knob(5e-4, "critic", "peak learning rate of the reward model")
     critic_batch: int = knob(16, "critic", "pairs per step")
     critic_epochs: int = knob(1, "critic", "passes over the pairs")
+    critic_kind: str = knob(
+        "plain",
+        "critic",
+        "plain, or careful: learns from mirrored pairs as well, to see a single wrong word",
+    )
     labeller: str = knob(
         "",
         "critic rlhf test",

@@ -5,8 +5,9 @@ import json
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,6 +18,10 @@ from lab.data import check_no_overlap, parts_of, read_table, reading, repeated, 
 from lab.rewards import named
 from lab.runs import digest, stamp
 from lab.tokens import encoder
+
+# A word, a sign, or one character of a script that does not separate words
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+|\S")
+SPEAKERS = {"Human", "Assistant"}
 
 
 def rng_for(cfg, *purpose):
@@ -420,6 +425,44 @@ def spoilt_answers(good, rows, rng):
         twice = [*words[: start + len(piece)], *piece, *words[start + len(piece) :]]
         bad[i] = "".join(half if half and rng.random() < 0.5 else twice).strip()
     return bad
+
+
+def mirrored_pairs(rows, rng):
+    """Returns two more pairs for each chosen answer that repeats words of its question.
+
+    Some of these words, one to all of them, are exchanged for others of the same sort: words that
+    stand between the same neighbours in other answers. The exchange makes a second question and a
+    second answer, and each question prefers its own answer. No question and no answer alone shows
+    which one is chosen, so a model has to compare them.
+    """
+    texts = [WORD.findall(row["chosen"]) for row in rows]
+    after, before, pairs = defaultdict(set), defaultdict(set), []
+    for words in texts:
+        for left, right in pairwise(["", *words, ""]):
+            after[left].add(right)
+            before[right].add(left)
+    for row, words in zip(rows, texts):
+        known, options = {*WORD.findall(row["prompt"])} - SPEAKERS, {}
+        for left, word, right in zip(["", *words], words, [*words[1:], ""]):
+            alike = (after[left] & before[right]) - SPEAKERS - {word}
+            if word in known and word.isalnum() and any(map(str.isalnum, alike)):
+                options[word] = sorted(filter(str.isalnum, alike))
+        share, exchange = rng.random(), {}
+        some = [word for word in options if rng.random() < share]
+        for word in some or [rng.choice(list(options))] if options else []:
+            other = rng.choice(options[word])
+            if not {word, other} & exchange.keys():
+                exchange |= {word: other, other: word}
+        if exchange:
+            prompt, answer = (exchanged(row[name], exchange) for name in ("prompt", "chosen"))
+            pairs.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": answer})
+            pairs.append({"prompt": prompt, "chosen": answer, "rejected": row["chosen"]})
+    return pairs
+
+
+def exchanged(text, exchange):
+    """Returns the text with some words exchanged, {word: other}."""
+    return WORD.sub(lambda found: exchange.get(found[0], found[0]), text)
 
 
 NEGATIVES = {"other": other_answers, "cut": spoilt_answers}

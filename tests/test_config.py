@@ -353,6 +353,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "critic_lr": (1e-4, CRITIC, {}),
     "critic_batch": (12, CRITIC, {}),
     "critic_epochs": (2, CRITIC, {}),
+    "critic_kind": ("careful", CRITIC, {}),
     "labeller": ("own_functions.count", preferred, {}),
     "labels": (6, preferred, LABELLED),
     "label_noise": (0.9, preferred, LABELLED),
