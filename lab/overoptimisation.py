@@ -54,7 +54,7 @@ def ranked(scores, values):
     return means[np.sort(group)]
 
 
-def bootstrap(measure, count, resamples=1000):
+def bootstrap(measure, count, resamples=500):
     """The 95 % interval of `measure(picks)`: `picks` are `count` indices, drawn with replacement.
 
     A draw that gives NaN makes the interval NaN.
@@ -168,21 +168,24 @@ def gain_at(kl, gold, nats):
     return float(np.interp(nats, reached, gold) - gold[0])
 
 
-def gain_per_nat(kls, golds, nats):
-    """The gain per nat at a budget of `nats`: its mean over seeds and a 95 % interval.
+def gain_per_nat(kls, golds, budgets):
+    """The gain per nat at each budget of nats: its mean over seeds and a 95 % interval.
 
     `kls` and `golds` are lists of (steps, questions), one pair for each seed. The bootstrap
-    resamples seeds, and the questions of each seed. NaN: a seed does not reach the budget.
+    resamples seeds, and the questions of all seeds alike. NaN: a seed does not reach the budget.
     """
 
     def mean(seeds, pick):
-        means = [[x[seed][:, pick].mean(1) for x in (kls, golds)] for seed in seeds]
-        return np.mean([gain_at(*columns, nats) / nats for columns in means])
+        found = []
+        for seed in seeds:
+            kl, gold = (x[seed][:, pick].mean(1) for x in (kls, golds))
+            found.append([gain_at(kl, gold, nats) / nats for nats in budgets])
+        return np.mean(found, axis=0)
 
     rng, count = np.random.default_rng(0), golds[0].shape[1]
     low, high = bootstrap(lambda seeds: mean(seeds, rng.integers(count, size=count)), len(golds))
-    found = mean(range(len(golds)), slice(None))
-    return {"mean": float(found), "low": float(low), "high": float(high)}
+    columns = mean(range(len(golds)), slice(None)), low, high
+    return [dict(zip(("mean", "low", "high"), map(float, row))) for row in zip(*columns)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -28,7 +29,7 @@ from IPython.display import display
 from transformers.utils import logging
 
 import util
-from lab import CourseError, models, world
+from lab import CourseError, models, report, world
 from lab.config import ALGORITHMS
 from lab.overoptimisation import (
     average,
@@ -39,6 +40,7 @@ from lab.overoptimisation import (
     fit,
     forecast,
     gain_per_nat,
+    verdict,
 )
 from lab.rewards import Ensemble
 from lab.runs import MAY_CHANGE, artifact, read_record
@@ -468,16 +470,21 @@ def in_worker(cfg, work, *args):
             pass
 
 
-def watch(steps, what):
-    """Drains `carry_out` under a line that tells how far it is; returns the seconds."""
-    start, line = (
-        time.perf_counter(),
-        display({"text/plain": f"{what}: starts"}, raw=True, display_id=True),
-    )
-    for at in steps:
-        spent = time.perf_counter() - start
-        text = f"{what}: {at['step']} of {at['steps']} finished after {spent:.0f} s"
-        line.update({"text/plain": text}, raw=True)
+def watch(cfg, steps):
+    """Drains `carry_out` under a line that tells how far it is; returns the seconds.
+
+    progress.jsonl tells the same to `python -m lab overoptimise`.
+    """
+    start, path = time.perf_counter(), Path(cfg.root) / FOLDER / "progress.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = display({"text/plain": "Trainings and measurements"}, raw=True, display_id=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for at in steps:
+            spent = time.perf_counter() - start
+            text = f"{at['step']} of {at['steps']} trainings and measurements after {spent:.0f} s"
+            line.update({"text/plain": text}, raw=True)
+            file.write(json.dumps(at) + "\n")
+            file.flush()
     return time.perf_counter() - start
 
 
@@ -538,24 +545,21 @@ def grid_of(cfg, plan):
     return table
 
 
-def gold_per_nat(curves, budgets):
-    """A line for each curve: gold gained per nat at each budget, with its interval; the best gold
-    and the KL at which it was found."""
+BUDGETS = (0.5, 1, 2)  # nats
+
+
+def gold_per_nat(curves):
+    """A line for each curve: the gold gained per nat at each budget, with its interval; the best
+    gold, the last, and the KL of both."""
     table = []
     for name, seeds in curves.items():
-        line = {"policy": name}
-        for nats in budgets:
-            columns = ([seed[x] for seed in seeds] for x in ("kl", "gold"))
-            line[f"gain per nat at {nats:g} nat{'s' * (nats != 1)}"] = gain_per_nat(*columns, nats)
+        columns = ([seed[x] for seed in seeds] for x in ("kl", "gold"))
+        gains = zip(BUDGETS, gain_per_nat(*columns, BUDGETS))
+        line = {"policy": name} | {f"gain per nat at {nats:g}": gain for nats, gain in gains}
         gold, kl = average(seeds, "gold"), average(seeds, "kl")
         best = int(gold.argmax())
-        line |= {
-            "best gold": gold[best],
-            "at KL": kl[best],
-            "last gold": gold[-1],
-            "last KL": kl[-1],
-        }
-        table.append(line)
+        line |= {"best gold": gold[best], "at KL": kl[best]}
+        table.append(line | {"last gold": gold[-1], "last KL": kl[-1]})
     return table
 
 
@@ -617,3 +621,70 @@ def strips(cfg, plan, table):
         words, scores = scores_along(member, line["prompt"], line["response"])
         found[f"{line['cheat']}: {line['prompt']}"] = words, {"score so far": scores}
     return found
+
+
+def results(cfg, plan, rows, seconds):
+    """All figures of the lesson as plain numbers, for results.json and the pages of docs/."""
+    groups = {word: curves_of(cfg, plan, word) for word in ("strong", "weak", "cure")}
+    fits = {word: fits_of(groups[word]) for word in ("strong", "weak")}
+    sentences = [
+        verdict(f"{word} proxy, {name}", found)
+        for word, of_word in fits.items()
+        for name, found in of_word.items()
+    ]
+    top = suspects(cfg, plan, rows)
+    found = {
+        "seeds": plan.seeds,
+        "questions": plan.questions,
+        "prompts": plan.prompts,
+        "pool": plan.size,
+        "minutes": seconds / 60,
+        "training minutes": trained_seconds(cfg, plan) / 60,
+        "curves": {
+            word: {name: [means(seed) for seed in seeds] for name, seeds in curves.items()}
+            for word, curves in groups.items()
+        },
+        "fits": {
+            word: {name: fit_numbers(*found) for name, found in of_word.items()}
+            for word, of_word in fits.items()
+        },
+        "grid": [row | {"fit": fit_numbers(row["fit"])} for row in grid_of(cfg, plan)],
+        "gold per nat": {word: gold_per_nat(groups[word]) for word in groups},
+        "cheats": [{x: line[x] for x in ("cheat", "share")} for line in by_cheat(top)],
+        "sentences": sentences,
+    }
+    return plain(found)
+
+
+def means(seed):
+    return {column: values.mean(1).tolist() for column, values in seed.items()}
+
+
+def fit_numbers(fit, ahead=None):
+    return fit._asdict() | {"forecast": ahead and ahead._asdict()}
+
+
+def trained_seconds(cfg, plan):
+    """What all trainings took, added up over the workers; those used again count as well."""
+    roots = [(proxy_config(cfg, proxy).root, "critic") for proxy in {*proxies_of(plan)}]
+    roots += [(policy_config(cfg, run)[0].root, "rlhf") for run in plan.every(plan.runs)]
+    return sum(read_record(root, name)["seconds"] for root, name in roots)
+
+
+def plain(value):
+    """Numbers that JSON can hold: rounded to four digits, None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    if isinstance(value, float):
+        return round(float(value), 4) if math.isfinite(value) else None
+    return value
+
+
+def write_results(cfg, found, figure):
+    """results.json and the first figure, from which `python -m lab.record` makes pages of docs/."""
+    folder = Path(cfg.root) / FOLDER
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "overoptimisation.svg").write_text(report.svg(figure), encoding="utf-8")

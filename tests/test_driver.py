@@ -208,7 +208,8 @@ def test_progress_tells_of_this_run_only(home):
     metrics = partial / "metrics.jsonl"
     metrics.write_text('{"step": 9, "steps": 9, "reward": 1.0}\n')
     os.utime(metrics, (0, 0))
-    progress = driver.Progress(home / "model", "rlhf")
+    record = home / "model" / "rlhf" / "stage.json"
+    progress = driver.Progress("3_rlhf.ipynb", metrics, record)
     progress.began -= 1
     assert re.fullmatch(r"3_rlhf +1 s", progress.line())
     metrics.write_text('{"step": 3, "steps": 9, "reward": -0.5, "kl": 0.25}\n')
