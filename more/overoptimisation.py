@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import display
 from transformers.utils import logging
@@ -80,27 +81,41 @@ class Run(NamedTuple):
 # Folders
 
 
-def workspace(cfg, name, parts=("dataset", "model/base", "model/actor"), **values):
-    """A root of its own for one run, with the same data, base model and actor as in the course."""
-    root, home = Path(cfg.root), Path(cfg.root) / FOLDER / name
+def workspace(cfg, name, parts=("base", "actor"), **values):
+    """A root of its own for one run, with models of the course and the prompts of RLHF.
+
+    Reading a small file of prompts again and again is faster than reading all the data.
+    """
+    home = Path(cfg.root) / FOLDER / name
     for part in parts:
-        share(root / part, home / part)
-    fixed = {
-        "root": str(home),
-        "tracker": "none",
-        "kl_limit": 0.0,
-        "eval_data": "dataset/eval.json",
-    }
-    return cfg.changed(**fixed | values)
+        share(Path(cfg.root) / "model" / part, home / "model" / part)
+    write_lines(home / "prompts.jsonl", prompts_of(cfg))
+    values = {"data": "prompts.jsonl", "prompt_data": "prompts.jsonl", "eval_share": 0.0} | values
+    values = {"tracker": "none", "kl_limit": 0.0, "eval_data": "", "reader": ""} | values
+    return cfg.changed(root=str(home), **values)
+
+
+@cache
+def prompts_of(cfg):
+    return [{"prompt": row["prompt"]} for row in util.load_rows(cfg, "prompt")]
+
+
+def write_lines(path, rows):
+    """Writes a file unless it is there: another process may be reading it."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def share(source, target):
     """Fills a folder with links to the files of another one; with copies where links fail."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
+    for path in filter(Path.is_file, source.iterdir()):
         place = target / path.name
-        if path.name == "feedback.jsonl" or not path.is_file():
-            continue
         if place.exists() and (place.samefile(path) or path.read_bytes() == place.read_bytes()):
             continue
         place.unlink(missing_ok=True)
@@ -141,7 +156,7 @@ def proxy_config(cfg, proxy):
     values = {"seed": cfg.seed + proxy.seed, "ensemble": proxy.members, "feedback_weight": 0}
     if proxy.pairs:  # few pairs are read several times, up to 8
         values["critic_epochs"] = min(8, max(1, 2_400 // proxy.pairs))
-    parts = ["dataset", "model/base"] + ["model/actor"] * (not proxy.layers)
+    parts = ["base"] + ["actor"] * (not proxy.layers)
     return workspace(cfg, proxy.name, parts, preference_data="pairs.jsonl", **values)
 
 
@@ -151,11 +166,12 @@ def write_pairs(cfg, proxy, path):
     rng = util.rng_for(cfg, "overoptimisation", proxy.seed)
     rows = [rows[i] for i in torch.randperm(len(rows), generator=rng)[: proxy.pairs or None]]
     turned = torch.rand(len(rows), generator=rng) < proxy.noise
-    with open(path, "w", encoding="utf-8") as file:
-        for row, wrong in zip(rows, turned.tolist()):
-            chosen, rejected = ("rejected", "chosen") if wrong else ("chosen", "rejected")
-            pair = {"chosen": row[chosen], "rejected": row[rejected]}
-            file.write(json.dumps({"prompt": row["prompt"]} | pair) + "\n")
+    pairs = []
+    for row, wrong in zip(rows, turned.tolist()):
+        chosen, rejected = ("rejected", "chosen") if wrong else ("chosen", "rejected")
+        pair = {"chosen": row[chosen], "rejected": row[rejected]}
+        pairs.append({"prompt": row["prompt"]} | pair)
+    write_lines(path, pairs)
 
 
 def shorten_actor(cfg, home, layers):
@@ -190,7 +206,7 @@ def load_proxies(cfg, proxy):
 # Policies
 
 
-def train_policy(cfg, run, rows, times=10):
+def train_policy(cfg, run, rows, times=8):
     """Trains a policy like `util.train_rlhf`, and judges it at the start and `times` on the way.
 
     curve.jsonl has a line for each time: KL, proxy, gold and length of the answers to `rows`;
@@ -231,14 +247,14 @@ def policy_config(cfg, run):
     home = workspace(cfg, run.name, **fixed | ALGORITHMS.get(run.algorithm, {}) | values)
     if run.algorithm == "dpo":  # it learns from the pairs of the proxy
         pairs = Path(proxy_config(cfg, run.proxy).root) / "pairs.jsonl"
-        shutil.copy2(pairs, Path(home.root) / pairs.name)
+        write_lines(Path(home.root) / pairs.name, read_lines(pairs))
         home = home.changed(preference_data=pairs.name, feedback_weight=0)
     return home, rule
 
 
 def marks(steps, times):
     """The steps after which a policy is judged: closer at the start, where most changes."""
-    return {max(1, round(steps * (i / times) ** 1.5)) for i in range(1, times + 1)}
+    return {max(1, round(steps * (i / times) ** 2)) for i in range(1, times + 1)}
 
 
 def combined(members, rule):
@@ -264,10 +280,6 @@ def judged(crew, rows, cfg, stage, step, keep=False):
 def lines_of(cfg, run, name="curve.jsonl"):
     """The lines of a finished run's curve.jsonl or answers.jsonl."""
     return read_lines(artifact(policy_config(cfg, run)[0].root, "rlhf") / name)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,41 +388,41 @@ class Plan(NamedTuple):
 
 def plan_of(quick=False):
     """The whole plan, or one that takes a fifth of its time."""
-    steps, rollout = (24, 48) if quick else (40, 64)
+    steps, rollout = (24, 48) if quick else (32, 64)
     strong, weak = Proxy(0, 3_000 if quick else 0), Proxy(0, 300, 0.2, 1)
     team = weak._replace(members=4)
-    size = {"rollout": rollout, "minibatch": rollout // 2, "steps": steps, "policy_lr": 1e-3}
+    free = {"kl_coef": 0.0, "rollout": rollout, "minibatch": rollout // 2, "steps": steps}
+    free["policy_lr"] = 3e-4
 
     def run(curve, proxy, algorithm, **values):
-        how = {"kl_coef": 0.0} | size
+        how = free
         if algorithm == "dpo":
-            how = {"dpo_beta": 0.05, "dpo_lr": 4e-4, "dpo_epochs": 8 if proxy.pairs == 300 else 1}
+            how = {"dpo_beta": 0.05, "dpo_lr": 2e-4, "dpo_epochs": 8 if proxy.layers else 1}
         return Run(curve, proxy, algorithm, tuple((how | values).items()))
 
-    names = ("rloo", "ppo") if quick else ("ppo", "grpo", "rloo", "dpo")
-    runs = [run(f"strong {name}", strong, name) for name in names]
-    runs += [run(f"weak {name}", weak, name) for name in (names[:1] if quick else names)]
-    cures = {
-        "ensemble min": run("cure ensemble min", team, "rloo", rule="min"),
-        "higher KL price": run("cure higher KL price", weak, "rloo", kl_coef=0.3),
-        "ensemble mean": run("cure ensemble mean", team, "rloo", rule="mean"),
-        "mean - deviation": run("cure mean minus deviation", team, "rloo", rule="cautious"),
-        "more pairs": run("cure more pairs", weak._replace(pairs=3_000), "rloo"),
-        "length penalty": run("cure length penalty", weak, "rloo", length_penalty=0.05),
-    }
-    runs += list(cures.values())[: 2 if quick else None]
+    names = ("ppo", "rloo") if quick else ("ppo", "grpo", "rloo", "dpo")
+    runs = [run(f"strong {name.upper()}", strong, name) for name in names]
+    runs += [run(f"weak {name.upper()}", weak, name) for name in names[quick:]]
+    runs += [
+        run("cure ensemble, minimum", team, "rloo", rule="min"),
+        run("cure higher KL price", weak, "rloo", kl_coef=0.3),
+    ]
     if not quick:
         runs += [
-            run(f"strong {name}, KL price .2", strong, name, kl_coef=0.2) for name in names[:3]
+            run("cure ensemble, mean", team, "rloo"),
+            run("cure ensemble, mean - deviation", team, "rloo", rule="cautious"),
+            run("cure more pairs", weak._replace(pairs=3_000), "rloo"),
+            run("cure length penalty", weak, "rloo", length_penalty=0.05),
+            *(run(f"strong {x.upper()}, priced", strong, x, kl_coef=0.2) for x in names[:3]),
+            run("strong DPO, priced", strong, "dpo", dpo_beta=0.3),
         ]
-        runs += [run("strong dpo, beta .3", strong, "dpo", dpo_beta=0.3)]
     pairs = (300, 3_000) if quick else (100, 300, 1_000, 3_000)
     noises = (0.0,) if quick else (0.0, 0.1, 0.3)
     cells = [(count, 0.2) for count in pairs] + [(300, noise) for noise in noises]
     grid = [Proxy(0, count, noise, layers) for count, noise in cells for layers in (1, 0)]
     if quick:
         return Plan(1, 96, 48, 64, strong, weak, runs, grid)
-    return Plan(3, 192, 80, 128, strong, weak, runs, grid)
+    return Plan(3, 128, 80, 128, strong, weak, runs, grid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -561,6 +573,19 @@ def gold_per_nat(curves):
         line |= {"best gold": gold[best], "at KL": kl[best]}
         table.append(line | {"last gold": gold[-1], "last KL": kl[-1]})
     return table
+
+
+def shown(table):
+    """The table of `gold_per_nat` with its intervals in words."""
+    rows = [
+        {x: interval_text(value) if isinstance(value, dict) else value for x, value in row.items()}
+        for row in table
+    ]
+    return pd.DataFrame(rows)
+
+
+def interval_text(found):
+    return "-" if math.isnan(found["low"]) else report.with_interval(found)
 
 
 def suspects(cfg, plan, rows, most=200):
