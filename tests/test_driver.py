@@ -146,6 +146,15 @@ def test_a_file_for_the_whole_course_serves_one_stage(home, calls):
     assert (home / "elsewhere" / "model" / "notebooks").is_dir()
 
 
+def test_the_lesson_is_run_quickly_and_tells_what_it_found(home, calls, capsys):
+    folder = home / "model" / "overoptimisation"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"sentences": ["PPO turns at d = 1.2."]}')
+    assert driver.main(["overoptimise", "--quick", "--set", "seed=1"]) == 0
+    assert calls == [("overoptimisation", {"seed": 1, "quick": True})]
+    assert "PPO turns at d = 1.2." in capsys.readouterr().out
+
+
 def test_nothing_given_means_nothing_passed(calls):
     assert driver.main(["course"]) == 0
     assert calls == [(name.removesuffix(".ipynb"), {}) for name in NOTEBOOKS.values()]

@@ -3,14 +3,16 @@
 import itertools
 import json
 import math
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 
 import util
-from lab import CourseError, report, world
+from lab import CourseError, record, report, world
 from lab import overoptimisation as lab
 from more import overoptimisation as more
 
@@ -261,14 +263,26 @@ class Here:
 @pytest.fixture(scope="module")
 def plan(proxy):
     runs = [
-        run_of("weak rloo", proxy),
+        run_of("weak RLOO", proxy),
         run_of("cure ensemble min", proxy._replace(members=2), rule="min"),
     ]
     grid = [proxy, proxy._replace(noise=0.0)]
     return more.Plan(1, 6, 4, 8, proxy._replace(layers=0), proxy, runs, grid)
 
 
-def test_the_whole_plan_is_carried_out_once(cfg, plan, monkeypatch):
+@pytest.fixture
+def home(root, tmp_path, monkeypatch):
+    """A repository with the page of the lesson and an executed notebook."""
+    for folder in ("docs", "more", "model/notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(root / "docs" / "overoptimisation.md", tmp_path / "docs")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    nbformat.write(book, tmp_path / "model" / "notebooks" / "overoptimisation.ipynb")
+    monkeypatch.setattr(record, "HOME", tmp_path)
+    return tmp_path
+
+
+def test_the_whole_plan_is_carried_out_once(cfg, plan, home, monkeypatch):
     monkeypatch.setattr(more, "ProcessPoolExecutor", Here)
     steps = list(more.carry_out(cfg, plan))
     assert steps[-1]["step"] == steps[-1]["steps"] == 11
@@ -276,10 +290,17 @@ def test_the_whole_plan_is_carried_out_once(cfg, plan, monkeypatch):
     scores, gold = more.pool_of(cfg, plan.weak, plan.size)
     assert scores.shape == gold.shape == (4, 8)
     curves = more.curves_of(cfg, plan, "weak")
-    assert list(curves) == ["best-of-n", "rloo"]
+    assert list(curves) == ["best-of-n", "RLOO"]
     found = more.results(cfg, plan, rows, seconds=60.0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["seeds"] == 1 and len(found["grid"]) == 2 and found["sentences"]
+    assert not record.lesson(home), "there is nothing to record yet"
+    (home / "model" / "overoptimisation").mkdir()
+    more.write_results(cfg.changed(root=str(home)), found, lab.gold_and_proxy(curves))
+    assert record.lesson(home) and (home / "more" / "overoptimisation.ipynb").exists()
+    page = (home / "docs" / "overoptimisation.md").read_text(encoding="utf-8")
+    assert "| weak | RLOO |" in page and "| no cure |" in page and "Seeds: 1." in page
+    assert "<svg" in (home / "docs" / "overoptimisation.svg").read_text(encoding="utf-8")
 
 
 def test_the_score_after_the_last_token_is_the_reward(cfg, proxy):
