@@ -8,10 +8,12 @@ by d (a - b d) for best-of-n and by d (a - b log d) for reinforcement learning.
 import math
 import re
 from collections import Counter
+from textwrap import fill
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 from lab import world
 from lab.report import BLUE, GREEN, INK, ORANGE, STYLE, canvas
@@ -276,7 +278,7 @@ def draw(ax, curves, column):
         low, high = np.min(values, axis=0), np.max(values, axis=0)
         ax.fill_between(d, low, high, color=colour, alpha=0.18, linewidth=0)
     title, unit = SHOWN[column]
-    ax.set(title=title, xlabel=DISTANCE, ylabel=unit)
+    ax.set(title=title, xlabel=DISTANCE, ylabel=fill(unit, 22))
     if column == "gold":
         ax.set_ylim(0, 1)
 
@@ -324,6 +326,9 @@ def coefficients(table):
         if vary == "pairs":
             for ax in axes[column::2]:
                 ax.set_xscale("log")
+                counts = sorted({row["pairs"] for row in rows})
+                ax.set_xticks(counts, [f"{count:,}" for count in counts])
+                ax.xaxis.set_minor_locator(NullLocator())
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
     told = "; ".join(
