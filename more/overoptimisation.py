@@ -1,7 +1,7 @@
 """The experiment of more/overoptimisation.ipynb: many policies, trained on many reward models.
 
 The *proxy* is a reward model, the *gold* the embedded world's judge. Every proxy and every policy
-has a folder of its own below model/overoptimisation, with the data, base model and actor of the
+has a folder of its own below model/overoptimisation, with the prompts, base model and actor of the
 course. Each is a normal artifact of the course: a finished one with the same parameters is used
 again, an interrupted one is resumed. Delete a folder to repeat its run.
 
@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -225,10 +226,8 @@ def train_policy(cfg, run, rows, times=8):
         yield from stage.past
         if not stage.past:
             judge(0)
-        loss = util.LOSSES.get(run.algorithm)
-        steps = (
-            util.rlhf_loop(crew, home, stage, loss) if loss else util.dpo_loop(crew, home, stage)
-        )
+        loss, inputs = util.LOSSES.get(run.algorithm), (crew, home, stage)
+        steps = util.rlhf_loop(*inputs, loss) if loss else util.dpo_loop(*inputs)
         for metrics in steps:
             step, last = metrics["step"], metrics["step"] == metrics["steps"]
             metrics = stage.log(metrics)
@@ -298,9 +297,8 @@ def sample_pool(cfg, rows, size):
         stops, grade = util.stops_of(actor, tokenizer), cache(partial(judged_answer, rows))
         places = [i for i in range(len(rows)) for _ in range(size)]
         prompts = [rows[i]["prompt"] for i in places]
-        for part in util.generate_answers(
-            actor, tokenizer, prompts, home, util.rng_for(cfg, "pool")
-        ):
+        rng = util.rng_for(cfg, "pool")
+        for part in util.generate_answers(actor, tokenizer, prompts, home, rng):
             texts, ends = util.decode(tokenizer, *part[2:]), util.ended(*part[2:], stops).tolist()
             here, places = places[: len(texts)], places[len(texts) :]
             answers = [
@@ -402,7 +400,8 @@ def plan_of(quick=False):
 
     names = ("ppo", "rloo") if quick else ("ppo", "grpo", "rloo", "dpo")
     runs = [run(f"strong {name.upper()}", strong, name) for name in names]
-    runs += [run(f"weak {name.upper()}", weak, name) for name in names[quick:]]
+    exploiting = ("rloo",) if quick else names
+    runs += [run(f"weak {name.upper()}", weak, name) for name in exploiting]
     runs += [
         run("cure ensemble, minimum", team, "rloo", rule="min"),
         run("cure higher KL price", weak, "rloo", kl_coef=0.3),
@@ -454,6 +453,7 @@ def carry_out(cfg, plan, workers=2):
     second = [(train_policy, run, rows) for run in plan.every(plan.runs)]
     second += [(score_pool, proxy, rows[: plan.prompts]) for proxy in proxies]
     done, total = 0, len(first) + len(second)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # workers import from here
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for tasks in (first, second):
