@@ -204,7 +204,8 @@ def lesson(root):
     fill(page, "sentences", "".join(f"- {sentence}\n" for sentence in found["sentences"]))
     fill(page, "grid", grid(found["grid"]))
     fill(page, "cures", gains(found["gold per nat"]["cure"], found["gold per nat"]["weak"]))
-    fill(page, "gold per nat", gains(found["gold per nat"]["strong"]))
+    for proxy in ("strong", "weak"):
+        fill(page, f"gold per nat, {proxy}", gains(found["gold per nat"][proxy]))
     cheats = [[line["cheat"], line["share"]] for line in found["cheats"]]
     fill(page, "cheats", table(["cheat", "share"], cheats, {}))
     return True

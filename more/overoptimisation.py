@@ -386,14 +386,14 @@ class Plan(NamedTuple):
 
 def plan_of(quick=False):
     """The whole plan, or one that takes a fifth of its time."""
-    steps, rollout = (24, 48) if quick else (32, 64)
+    rollout = 48 if quick else 64
     strong, weak = Proxy(0, 3_000 if quick else 0), Proxy(0, 300, 0.2, 1)
     team = weak._replace(members=4)
-    free = {"kl_coef": 0.0, "rollout": rollout, "minibatch": rollout // 2, "steps": steps}
-    free["policy_lr"] = 3e-4
+    common = {"kl_coef": 0.0, "rollout": rollout, "minibatch": rollout // 2}
+    common |= {"steps": 24, "policy_lr": 4e-4}
 
     def run(curve, proxy, algorithm, **values):
-        how = free
+        how = common
         if algorithm == "dpo":
             how = {"dpo_beta": 0.05, "dpo_lr": 2e-4, "dpo_epochs": 8 if proxy.layers else 1}
         return Run(curve, proxy, algorithm, tuple((how | values).items()))
@@ -412,8 +412,8 @@ def plan_of(quick=False):
             run("cure ensemble, mean - deviation", team, "rloo", rule="cautious"),
             run("cure more pairs", weak._replace(pairs=3_000), "rloo"),
             run("cure length penalty", weak, "rloo", length_penalty=0.05),
-            *(run(f"strong {x.upper()}, priced", strong, x, kl_coef=0.2) for x in names[:3]),
-            run("strong DPO, priced", strong, "dpo", dpo_beta=0.3),
+            *(run(f"weak {x.upper()}, priced", weak, x, kl_coef=0.3) for x in ("ppo", "grpo")),
+            run("weak DPO, priced", weak, "dpo", dpo_beta=0.3),
         ]
     pairs = (300, 3_000) if quick else (100, 300, 1_000, 3_000)
     noises = (0.0,) if quick else (0.0, 0.1, 0.3)
@@ -526,12 +526,18 @@ def best_of_seeds(cfg, plan, proxy, rule="mean"):
 
 
 def curves_of(cfg, plan, word):
-    """{name: seeds} of all runs whose curve begins with `word`, best-of-n first."""
+    """{name: seeds} of all runs whose curve begins with `word`, best-of-n first; those that pay
+    for KL have ", priced" in their names."""
     runs = [run for run in plan.runs if run.curve.startswith(word + " ")]
     found = {}
     if word in ("strong", "weak"):
         found["best-of-n"] = best_of_seeds(cfg, plan, getattr(plan, word))
     return found | {run.curve.removeprefix(word + " "): seeds_of(cfg, plan, run) for run in runs}
+
+
+def free(curves):
+    """The curves that cross a whole range of KL: those that do not pay for it."""
+    return {name: seeds for name, seeds in curves.items() if "priced" not in name}
 
 
 def fits_of(curves):
@@ -651,7 +657,7 @@ def strips(cfg, plan, table):
 def results(cfg, plan, rows, seconds):
     """All figures of the lesson as plain numbers, for results.json and the pages of docs/."""
     groups = {word: curves_of(cfg, plan, word) for word in ("strong", "weak", "cure")}
-    fits = {word: fits_of(groups[word]) for word in ("strong", "weak")}
+    fits = {word: fits_of(free(groups[word])) for word in ("strong", "weak")}
     sentences = [
         verdict(f"{word} proxy, {name}", found)
         for word, of_word in fits.items()
