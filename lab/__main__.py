@@ -1,9 +1,10 @@
 """python -m lab: runs the course without a browser.
 
-Papermill runs the notebook of each stage; `course` runs all five notebooks. `chat` talks to a
-trained model, `evaluate` measures models, `label` asks you which of two answers is better, `data`
-shows how data of yours are read, `compare` draws two runs on one page, `push` uploads a model to
-the hub, `world` writes the embedded data, and `address` enters the repository's address.
+Papermill runs the notebook of each stage; `course` runs all five notebooks, and `overoptimise` the
+optional lesson in more/. `chat` talks to a trained model, `evaluate` measures models, `label` asks
+you which of two answers is better, `data` shows how data of yours are read, `compare` draws two
+runs on one page, `push` uploads a model to the hub, `world` writes the embedded data, and `address`
+enters the repository's address.
 """
 
 import argparse
@@ -34,6 +35,7 @@ STAGES = {  # command: (its folder in model/, its name in the metadata of Config
 }
 LANGUAGE_MODELS = ("base", "actor", "rlhf")  # the folders in model/ that `chat` can talk to
 TRAINED = ("base", "actor", "critic", "rlhf")  # the folders in model/ that hold a model
+LESSON = "more/overoptimisation.ipynb"
 REWRITE = "\r\033[K"  # moves to the start of the terminal's line and empties it
 
 
@@ -63,6 +65,7 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     add_world(commands)
     add_notebooks(commands)
+    add_lesson(commands)
     add_chat(commands)
     add_evaluate(commands)
     add_label(commands)
@@ -97,6 +100,17 @@ def add_notebooks(commands):
             action="store_true",
             help="under torchrun: print the metrics of every step, and an error, as lines of JSON",
         )
+
+
+def add_lesson(commands):
+    lesson = commands.add_parser(
+        "overoptimise",
+        help=f"run {LESSON}",
+        description=f"Runs {LESSON}: policies of every algorithm against strong and weak reward "
+        "models, judged by the gold. It starts from the base model and the actor, and takes about "
+        f"a quarter of an hour. The runs go to model/overoptimisation. {TABLE_NOTE}",
+    )
+    lesson.add_argument("--quick", action="store_true", help="one seed, fewer runs: 3 minutes")
 
 
 def add_chat(commands):
@@ -186,7 +200,7 @@ def add_data(commands):
 
 def add_parameters(commands):
     """Lets the commands above take parameters, and explain them in their help."""
-    for name in (*STAGES, "course", "chat", "evaluate", "label", "data"):
+    for name in (*STAGES, "course", "overoptimise", "chat", "evaluate", "label", "data"):
         command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
         command.add_argument(
@@ -271,9 +285,11 @@ def read_by(command):
     """The fields of Config that a command reads; `course` reads all of them."""
     from util import Config
 
-    known = {name: stage for name, (_, stage) in STAGES.items()} | {"evaluate": "test"}
-    stage = known.get(command, "all" if command in ("chat", "label", "data") else None)
-    return [f for f in fields(Config) if stage is None or {"all", stage} & {*f.metadata["stages"]}]
+    read = dict.fromkeys(("chat", "label", "data"), {"all"}) | {"evaluate": {"all", "test"}}
+    read |= {name: {"all", stage} for name, (_, stage) in STAGES.items()}
+    read["overoptimise"] = {"all", "critic", "rlhf"}
+    every = command == "course"
+    return [f for f in fields(Config) if every or read[command] & {*f.metadata["stages"]}]
 
 
 def world_table():
@@ -335,23 +351,29 @@ def parameters(args):
 
 
 def run_notebook(stage, given, root):
-    """Runs one notebook. The executed copy goes to model/notebooks, also after a failure."""
-    from papermill import PapermillExecutionError, execute_notebook
-
-    notebook = NOTEBOOKS[STAGES[stage][0]]
-    copy = root / "model" / "notebooks" / notebook
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    """Runs the notebook of a stage under a line that tells how far it is."""
     own = {f.name for f in read_by(stage)}
     given = {name: value for name, value in given.items() if name in own}
+    folder = STAGES[stage][0]
+    metrics = root / "model" / f".{folder}.partial" / "metrics.jsonl"
+    with Progress(NOTEBOOKS[folder], metrics, root / "model" / folder / "stage.json"):
+        execute(NOTEBOOKS[folder], given, root)
+
+
+def execute(notebook, given, root):
+    """Executes a notebook. The executed copy goes to model/notebooks, also after a failure."""
+    from papermill import PapermillExecutionError, execute_notebook
+
+    copy = root / "model" / "notebooks" / Path(notebook).name
+    copy.parent.mkdir(parents=True, exist_ok=True)
     quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
-    with Progress(root / "model", STAGES[stage][0]):
-        try:
-            execute_notebook(HOME / notebook, copy, given, kernel_name="python3", cwd=HOME, **quiet)
-            return
-        except PapermillExecutionError as error:
-            reason = f"{error.ename}: {error.evalue}".strip(": ").split("\n")[0]
-        except RuntimeError as error:  # the kernel died or did not start
-            reason = f"{type(error).__name__}: {error or 'the memory may be too small.'}"
+    try:
+        execute_notebook(HOME / notebook, copy, given, kernel_name="python3", cwd=HOME, **quiet)
+        return
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}".strip(": ").split("\n")[0]
+    except RuntimeError as error:  # the kernel died or did not start
+        reason = f"{type(error).__name__}: {error or 'the memory may be too small.'}"
     raise Failed(f"{notebook} stopped. {reason}\nThe notebook up to the error: {copy}")
 
 
@@ -393,10 +415,9 @@ class Progress:
     In a terminal it rewrites one line every second; elsewhere it prints a line every 20 seconds.
     """
 
-    def __init__(self, model, folder):
-        self.name = Path(NOTEBOOKS[folder]).stem
-        self.metrics = model / f".{folder}.partial" / "metrics.jsonl"
-        self.record = model / folder / "stage.json"
+    def __init__(self, notebook, metrics, record):
+        """`metrics` is the file that grows; `record` is there when the notebook has finished."""
+        self.name, self.metrics, self.record = Path(notebook).stem, metrics, record
         self.rewrite = REWRITE if sys.stdout.isatty() else ""
         self.thread, self.done = threading.Thread(target=self.watch, daemon=True), threading.Event()
         self.began, self.status = time.time(), ""
@@ -432,6 +453,16 @@ class Progress:
             return json.loads(text if path == self.record else text.splitlines()[-1])
         except (OSError, ValueError, IndexError):  # there is no file, or half a line
             return None
+
+
+def overoptimise(args):
+    """Runs the lesson in more/, and prints what it has found out in sentences."""
+    given, root = parameters(args)
+    folder = root / "model" / "overoptimisation"
+    with Progress(LESSON, folder / "progress.jsonl", folder / "results.json"):
+        execute(LESSON, given | {"quick": args.quick}, root)
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    print("\n".join(found["sentences"]))
 
 
 def show_result(folder):
@@ -702,6 +733,7 @@ COMMANDS = {  # all others run notebooks
     "chat": chat,
     "evaluate": evaluate_models,
     "compare": compare_runs,
+    "overoptimise": overoptimise,
     "push": push_stage,
     "address": enter_address,
 }

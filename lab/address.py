@@ -26,7 +26,8 @@ def write_address(url, home):
     """
     url = checked(url)
     changed = {}
-    for name in NOTEBOOKS.values():
+    lessons = sorted(path.relative_to(home) for path in Path(home).glob("more/*.ipynb"))
+    for name in (*NOTEBOOKS.values(), *lessons):
         path, old = contents(home, name)
         new, count = LINE.subn(rb"\g<1>" + url.encode() + rb"\g<3>", old)
         if count != 1:

@@ -1,10 +1,12 @@
 """python -m lab.record: the last headless run becomes what the repository shows.
 
 The notebooks of the run, with their outputs, become the committed ones. The tables and pictures of
-README.md, README.zh-CN.md and docs/ are written anew from model/report and the JSON files in docs/.
+README.md, README.zh-CN.md and docs/ are written anew from model/report and the JSON files in docs/,
+those of the optional lesson in more/ from model/overoptimisation, if it has run.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from statistics import mean
@@ -243,12 +245,98 @@ def pages(root):
     (docs / "course.svg").write_text(drawing.course(), encoding="utf-8")
 
 
+# --------------------------------------------------------------------------------------------------
+# The optional lesson
+
+
+def lesson(root):
+    """more/overoptimisation.ipynb, and its page, figures and picture in docs/; False if it has not
+    run to its end."""
+    folder, docs = Path(root) / "model" / "overoptimisation", HOME / "docs"
+    name, results = "overoptimisation.ipynb", folder / "results.json"
+    if not results.exists():
+        return False
+    notebook(Path(root) / "model" / "notebooks" / name, HOME / "more" / name)
+    shutil.copy(results, docs / "overoptimisation.json")
+    shutil.copy(folder / "overoptimisation.svg", docs)
+    found, page = json.loads(results.read_text(encoding="utf-8")), docs / "overoptimisation.md"
+    fill(page, "size", size_of(found))
+    fill(page, "fits", fits(found["fits"]))
+    fill(page, "sentences", "".join(f"- {sentence}\n" for sentence in found["sentences"]))
+    fill(page, "grid", grid(found["grid"]))
+    fill(page, "cures", gains(found["gold per nat"]["cure"], found["gold per nat"]["weak"]))
+    for proxy in ("strong", "weak"):
+        fill(page, f"gold per nat, {proxy}", gains(found["gold per nat"][proxy]))
+    cheats = [[line["cheat"], line["share"]] for line in found["cheats"]]
+    fill(page, "cheats", table(["cheat", "share"], cheats, {}))
+    return True
+
+
+def size_of(found):
+    pool = f"{found['pool']} answers to each of {found['prompts']} questions"
+    return (
+        f"Seeds: {found['seeds']}. Questions for every point of a curve: {found['questions']}. "
+        f"Pool: {pool}. Everything together took {found['minutes']:.1f} minutes on two cores.\n"
+    )
+
+
+def with_error(value, error):
+    return "-" if value is None else f"{value:.2f} ± {error:.2f}"
+
+
+def number(value, digits=2):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def fits(groups):
+    """a, b and the turn of every curve, and how well its first half foretells the second."""
+    rows = []
+    for proxy, curves in groups.items():
+        for name, fit in curves.items():
+            letters = [with_error(fit[x], fit[f"{x}_error"]) for x in ("a", "b", "turn")]
+            ahead = fit["forecast"] or {"error": None, "naive": None}
+            errors = [number(x, 3) for x in (fit["error"], ahead["error"], ahead["naive"])]
+            rows.append([proxy, name, *letters, *errors])
+    head = ["proxy", "policy", "a", "b", "turn at d", "error", "foretold", "flat line"]
+    return table(head, rows, {})
+
+
+def grid(cells):
+    """The coefficients of best-of-n by layers, pairs and noise of the proxy."""
+    rows = [
+        [cell["layers"], cell["pairs"], f"{cell['noise']:.0%}"]
+        + [with_error(cell["fit"][x], cell["fit"][f"{x}_error"]) for x in ("a", "b", "turn")]
+        for cell in cells
+    ]
+    return table(["layers", "pairs", "turned round", "a", "b", "turn at d"], rows, {})
+
+
+def gains(lines, more=()):
+    """Gold per nat with its intervals; the best gold and the last, each with its KL."""
+    rows = []
+    for line in [*(x for x in more if x["policy"] == "RLOO"), *lines]:
+        name = line["policy"] if line in lines else "no cure"
+        budgets = {x: found for x, found in line.items() if x.startswith("gain")}
+        cells = [
+            "-" if found["low"] is None else report.with_interval(found)
+            for found in budgets.values()
+        ]
+        last = [number(line[x]) for x in ("best gold", "at KL", "last gold", "last KL")]
+        rows.append([name, *cells, *last])
+    return table(["policy", *budgets, "best gold", "at KL", "last gold", "last KL"], rows, {})
+
+
+def notebook(source, target):
+    """Copies an executed notebook without the traces of its run."""
+    nbformat.write(cleaned(nbformat.read(source, as_version=4)), target)
+    print("recorded", target.name)
+
+
 def main(root=HOME):
     for name in NOTEBOOKS.values():
-        book = nbformat.read(Path(root) / "model" / "notebooks" / name, as_version=4)
-        nbformat.write(cleaned(book), HOME / name)
-        print("recorded", name)
+        notebook(Path(root) / "model" / "notebooks" / name, HOME / name)
     pages(root)
+    lesson(root)
     print("recorded README.md, README.zh-CN.md and docs/")
 
 

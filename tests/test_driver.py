@@ -146,6 +146,15 @@ def test_a_file_for_the_whole_course_serves_one_stage(home, calls):
     assert (home / "elsewhere" / "model" / "notebooks").is_dir()
 
 
+def test_the_lesson_is_run_quickly_and_tells_what_it_found(home, calls, capsys):
+    folder = home / "model" / "overoptimisation"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"sentences": ["PPO turns at d = 1.2."]}')
+    assert driver.main(["overoptimise", "--quick", "--set", "seed=1"]) == 0
+    assert calls == [("overoptimisation", {"seed": 1, "quick": True})]
+    assert "PPO turns at d = 1.2." in capsys.readouterr().out
+
+
 def test_nothing_given_means_nothing_passed(calls):
     assert driver.main(["course"]) == 0
     assert calls == [(name.removesuffix(".ipynb"), {}) for name in NOTEBOOKS.values()]
@@ -208,7 +217,8 @@ def test_progress_tells_of_this_run_only(home):
     metrics = partial / "metrics.jsonl"
     metrics.write_text('{"step": 9, "steps": 9, "reward": 1.0}\n')
     os.utime(metrics, (0, 0))
-    progress = driver.Progress(home / "model", "rlhf")
+    record = home / "model" / "rlhf" / "stage.json"
+    progress = driver.Progress("3_rlhf.ipynb", metrics, record)
     progress.began -= 1
     assert re.fullmatch(r"3_rlhf +1 s", progress.line())
     metrics.write_text('{"step": 3, "steps": 9, "reward": -0.5, "kl": 0.25}\n')
