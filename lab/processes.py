@@ -3,7 +3,8 @@
 All processes make the same random choices, because those follow from seed, purpose and step. Each
 process works on its own part of the rows; sums and results are then shared, so that all processes
 make the same update. The first process alone writes, logs and prints. With one process every
-function here does nothing.
+function here does nothing. Each function imports torch itself, because `python -m lab --help`
+should not wait for it.
 """
 
 import functools
@@ -17,9 +18,6 @@ from contextvars import ContextVar
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from lab import CourseError
 
@@ -39,11 +37,19 @@ def count():
 
 def joined():
     """How many processes train together."""
+    if launched() == 1:
+        return 1
+    import torch.distributed as dist
+
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank():
-    return dist.get_rank() if joined() > 1 else 0
+    if joined() == 1:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def first():
@@ -68,9 +74,10 @@ def local_rank():
 
 def start(device="auto"):
     """Joins the processes that a launcher has started. `device` is the parameter of the course."""
-    from accelerate import PartialState
-
     if launched() > 1 and joined() == 1:
+        import torch
+        from accelerate import PartialState
+
         cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState(cpu=cpu, timeout=PATIENCE)
     elif os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
@@ -82,6 +89,8 @@ def start(device="auto"):
 
 def stop():
     if joined() > 1:
+        import torch.distributed as dist
+
         dist.destroy_process_group()
 
 
@@ -113,6 +122,8 @@ def together(work):
     """
     if count() == 1:
         return [work()]
+    import torch.distributed as dist
+
     token = alone.set(True)
     try:
         mine = moved(work(), "cpu")
@@ -141,6 +152,9 @@ def add(tensors):
     """Adds up each tensor over all processes, in place. All tensors have one dtype."""
     if count() == 1 or not tensors:
         return
+    import torch
+    import torch.distributed as dist
+
     flat = torch.cat([x.flatten() for x in tensors])
     with_neighbours(lambda: dist.all_reduce(flat))
     for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
@@ -165,7 +179,7 @@ def with_neighbours(exchange):
 
 def moved(thing, device):
     """Tensors in nested lists, tuples and dicts, moved to a device."""
-    if isinstance(thing, torch.Tensor):
+    if hasattr(thing, "to") and hasattr(thing, "dtype"):
         return thing.to(device)
     if isinstance(thing, dict):
         return {name: moved(x, device) for name, x in thing.items()}
@@ -202,6 +216,8 @@ def spread(command):
 
 def launch(command, cfg):
     """Runs `python -m lab COMMAND` in cfg.num_processes processes; yields what they measure."""
+    import torch
+
     told, values = "", asdict(cfg) | {"root": str(Path(cfg.root).resolve()), "num_processes": 1}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "parameters.yaml"
