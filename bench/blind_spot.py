@@ -325,7 +325,8 @@ def publish(runs, out):
     if (page := out.with_suffix(".md")).exists():
         record.fill(page, "knows", language_model_table(runs))
         record.fill(page, "curve", curve_table(runs))
-        record.fill(page, "gain", gain_table(runs))
+        if having(runs, what="rlhf"):
+            record.fill(page, "gain", gain_table(runs))
 
 
 def main():

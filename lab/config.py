@@ -190,7 +190,7 @@ class Config(Settings):
     critic_kind: str = knob(
         "plain",
         "critic",
-        "plain, or careful: learns from mirrored pairs as well, to see a single wrong word",
+        "plain, or careful: mirrored pairs make it compare the answer with the question",
     )
     labeller: str = knob(
         "",
