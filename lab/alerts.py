@@ -136,7 +136,7 @@ RULES = (
         "Take an earlier step, raise kl_coef, or give the reward model more pairs.",
     ),
     Rule(
-        "entropy", "entropy as a share of its start", 0.05, growth("entropy"),
+        "entropy", "entropy as a share of its start", 0.2, growth("entropy"),
         "Entropy is {x:.1%} of its start",
         "the policy gives the same answer every time and explores no more",
         "Raise kl_coef or entropy_coef, or lower policy_lr.",
