@@ -618,8 +618,8 @@ def evaluate_models(args):
     found = util.examine_models(cfg, names, rows, with_pairs(rows), *rewards, actor=names[0])
     models = {name: one.summary for name, one in found.items()}
     print(f"{len(rows)} prompts. In brackets stand 95 % intervals.\n")
-    for table in (report.result_table(models, names[0]).T, report.detail_table(models, names[0])):
-        print_aligned(table_lines(table))
+    main, details = report.result_table(models, names[0]).T, report.detail_table(models, names[0])
+    print_aligned([["", *names], *table_lines(main), *table_lines(details)])
     for name in names[1:]:
         lines = report.differences(scored(found[names[0]]), scored(found[name]))
         print(f"\nWhat {name} scores more than {names[0]}")
@@ -638,7 +638,7 @@ def scored(one):
 
 
 def table_lines(table):
-    return [["", *table.columns], *([name, *row] for name, row in zip(table.index, table.values))]
+    return [[name, *row] for name, row in zip(table.index, table.to_numpy().tolist())]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ DETAILS = {  # figure: its key in a model's entry, and how to show it
 def detail_table(models, against="the actor"):
     """All other figures of 4_test, one column per model."""
     columns = {name: details_of(model, against) for name, model in models.items()}
-    titles = dict.fromkeys(title for column in columns.values() for title in column)
+    fullest = sorted(columns.values(), key=len, reverse=True)  # the actor does not beat itself
+    titles = dict.fromkeys(title for column in fullest for title in column)
     rows = {
         title: {name: column.get(title, "-") for name, column in columns.items()}
         for title in titles
