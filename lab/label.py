@@ -125,7 +125,8 @@ def ordered(prompts, answers, scores, rng):
         groups.setdefault(prompt, []).append(place)
     found, scores = [], np.asarray(scores)
     for prompt, places in groups.items():
-        texts = {answers[place].strip(): place for place in places if answers[place].strip()}
+        said = {place: answers[place].strip() for place in places}
+        texts = {text: place for place, text in said.items() if text and "\0" not in text}
         pairs = sorted(combinations(texts, 2), key=lambda pair: in_common(*pair))
         for rank, (left, right) in enumerate(pairs):
             certainty = torch.rand((), generator=rng).item()

@@ -192,8 +192,8 @@ def test_without_a_reward_model_the_order_is_random_and_covers_all_pairs():
     assert pairs == asked([])
 
 
-def test_equal_and_empty_answers_are_never_asked():
-    pairs = asked([[0.0] * 6], ["a", "a", " a ", "", " ", "b"], "p" * 6)
+def test_equal_empty_and_unreadable_answers_are_never_asked():
+    pairs = asked([[0.0] * 7], ["a", "a", " a ", "", " ", "b", "c\0"], "p" * 7)
     assert len(pairs) == 1 and {pairs[0][side].strip() for side in ("left", "right")} == {"a", "b"}
 
 
