@@ -79,6 +79,7 @@ def start(device="auto"):
         from accelerate import PartialState
 
         cpu = device == "cpu" or not torch.cuda.is_available()
+        PartialState._reset_state()  # it may remember that this process was alone
         PartialState(cpu=cpu, timeout=PATIENCE)
     elif os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise CourseError(

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 
+import accelerate
 import pytest
 
 import util
@@ -84,6 +85,7 @@ def together(count, work):
 @pytest.fixture(scope="module")
 def courses(tmp_path_factory, root):
     """Courses that 1, 2 and 3 processes trained with the same parameters."""
+    accelerate.PartialState()  # as after a training with a tracker: it says that we are alone
     folders = {}
     for count in (1, 2, 3):
         folder = folders[count] = tmp_path_factory.mktemp(f"by-{count}")
