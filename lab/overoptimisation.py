@@ -138,12 +138,32 @@ def forecast(form, d, gain):
     return Forecast(*errors, int((~first).sum()))
 
 
-def verdict(name, found, spread=0.03):
-    """A sentence: does the form describe the points, and does its first half foretell the rest?"""
-    whole, ahead = found
+class Description(NamedTuple):
+    """What a form says about the points of a curve."""
+
+    fit: Fit
+    forecast: Forecast | None  # None: too few points
+    noise: float  # the standard error of a point, from the spread between its questions
+
+
+def describe(form, seeds):
+    """The Description of a curve, from the points of all its seeds."""
+    d = np.concatenate([distance(seed["kl"].mean(1)) for seed in seeds])
+    gain = np.concatenate([seed["gold"].mean(1) - seed["gold"][0].mean() for seed in seeds])
+    spread = [seed["gold"].var(1) / seed["gold"].shape[1] for seed in seeds]
+    noise = math.sqrt(np.mean(spread))
+    return Description(fit(form, d, gain), forecast(form, d, gain), noise)
+
+
+def verdict(name, found):
+    """A sentence: does the form describe the points, and does its first half foretell the rest?
+
+    A form fits if its error is at most 1.5 times the noise of the points.
+    """
+    whole, ahead, noise = found
     form = "d (a - b d)" if whole.form == "best of n" else "d (a - b log d)"
-    fits = "fits" if whole.error <= spread else "does not fit"
-    told = f"{name}: {form} {fits} (error {whole.error:.3f}); "
+    fits = "fits" if whole.error <= 1.5 * noise else "does not fit"
+    told = f"{name}: {form} {fits} (error {whole.error:.3f}, noise {noise:.3f}); "
     turn = f"it turns at d = {whole.turn:.1f} ({whole.turn**2:.1f} nats)"
     told += "it never turns; " if math.isinf(whole.turn) else f"{turn}; "
     if ahead is None:

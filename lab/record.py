@@ -295,9 +295,10 @@ def fits(groups):
         for name, fit in curves.items():
             letters = [with_error(fit[x], fit[f"{x}_error"]) for x in ("a", "b", "turn")]
             ahead = fit["forecast"] or {"error": None, "naive": None}
-            errors = [number(x, 3) for x in (fit["error"], ahead["error"], ahead["naive"])]
+            errors = fit["error"], fit["noise"], ahead["error"], ahead["naive"]
+            errors = [number(x, 3) for x in errors]
             rows.append([proxy, name, *letters, *errors])
-    head = ["proxy", "policy", "a", "b", "turn at d", "error", "foretold", "flat line"]
+    head = ["proxy", "policy", "a", "b", "turn at d", "error", "noise", "foretold", "flat line"]
     return table(head, rows, {})
 
 

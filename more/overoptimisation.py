@@ -38,9 +38,7 @@ from lab.overoptimisation import (
     best_of,
     best_of_kl,
     cheat,
-    distance,
-    fit,
-    forecast,
+    describe,
     gain_per_nat,
     verdict,
 )
@@ -541,15 +539,11 @@ def free(curves):
 
 
 def fits_of(curves):
-    """{name: (Fit, Forecast or None)} of the points of all seeds."""
-    found = {}
-    for name, seeds in curves.items():
-        form = "best of n" if name == "best-of-n" else "rl"
-        d = np.concatenate([distance(seed["kl"].mean(1)) for seed in seeds])
-        means = [seed["gold"].mean(1) for seed in seeds]
-        gain = np.concatenate([gold - gold[0] for gold in means])
-        found[name] = fit(form, d, gain), forecast(form, d, gain)
-    return found
+    """{name: Description} of the points of all seeds."""
+    return {
+        name: describe("best of n" if name == "best-of-n" else "rl", seeds)
+        for name, seeds in curves.items()
+    }
 
 
 def grid_of(cfg, plan):
@@ -557,7 +551,7 @@ def grid_of(cfg, plan):
     layers = util.load_pair(cfg, "actor")[1].config.num_hidden_layers
     table = []
     for proxy in plan.grid:
-        found = fits_of({"best-of-n": best_of_seeds(cfg, plan, proxy)})["best-of-n"][0]
+        found = describe("best of n", best_of_seeds(cfg, plan, proxy)).fit
         row = {"layers": proxy.layers or layers, "pairs": proxy.pairs, "noise": proxy.noise}
         table.append(row | {"fit": found})
     return table
@@ -676,10 +670,10 @@ def results(cfg, plan, rows, seconds):
             for word, curves in groups.items()
         },
         "fits": {
-            word: {name: fit_numbers(*found) for name, found in of_word.items()}
+            word: {name: fit_numbers(found) for name, found in of_word.items()}
             for word, of_word in fits.items()
         },
-        "grid": [row | {"fit": fit_numbers(row["fit"])} for row in grid_of(cfg, plan)],
+        "grid": [row | {"fit": row["fit"]._asdict()} for row in grid_of(cfg, plan)],
         "gold per nat": {word: gold_per_nat(groups[word]) for word in groups},
         "cheats": [{x: line[x] for x in ("cheat", "share")} for line in by_cheat(top)],
         "sentences": sentences,
@@ -691,8 +685,9 @@ def means(seed):
     return {column: values.mean(1).tolist() for column, values in seed.items()}
 
 
-def fit_numbers(fit, ahead=None):
-    return fit._asdict() | {"forecast": ahead and ahead._asdict()}
+def fit_numbers(found):
+    ahead = found.forecast and found.forecast._asdict()
+    return found.fit._asdict() | {"forecast": ahead, "noise": found.noise}
 
 
 def trained_seconds(cfg, plan):

@@ -85,12 +85,20 @@ def test_a_planted_form_foretells_its_second_half_and_noise_does_not():
     assert lab.forecast("rl", d[:3], d[:3]) is None
 
 
-def test_the_verdict_says_what_the_numbers_say():
-    d = np.linspace(0.1, 4, 40)
-    for gain, words in ((d * (1 - 0.3 * np.log(d)), ["fits", "better"]), (np.sin(9 * d), ["not"])):
-        found = lab.fit("rl", d, gain), lab.forecast("rl", d, gain)
-        said = lab.verdict("PPO", found)
-        assert said.startswith("PPO: ") and all(word in said for word in words)
+def curve(d, gain, questions=50):
+    """A seed whose gold has this mean gain and a standard deviation of 0.2 between questions."""
+    spread = np.tile([0.2, -0.2], questions // 2)
+    return {"kl": np.outer(d**2, np.ones(questions)), "gold": 0.3 + gain[:, None] + spread}
+
+
+def test_a_description_and_its_verdict_say_what_the_points_say():
+    d = np.linspace(0, 4, 40)
+    found = lab.describe("rl", [curve(d, d * 0.5 + lab.bend("rl", d) * 0.2)] * 2)
+    assert abs(found.fit.a - 0.5) < 1e-6 and abs(found.noise - 0.2 / 50**0.5) < 1e-6
+    said = lab.verdict("PPO", found)
+    assert said.startswith("PPO: d (a - b log d) fits") and "better than a flat line" in said
+    said = lab.verdict("PPO", lab.describe("rl", [curve(d, 0.3 * np.sin(4 * d))]))
+    assert "does not fit" in said
 
 
 # ------------------------------------------------------------------------------------------------
