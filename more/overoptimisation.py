@@ -90,7 +90,13 @@ def workspace(cfg, name, parts=("base", "actor"), **values):
         share(Path(cfg.root) / "model" / part, home / "model" / part)
     write_lines(home / "prompts.jsonl", prompts_of(cfg))
     values = {"data": "prompts.jsonl", "prompt_data": "prompts.jsonl", "eval_share": 0.0} | values
-    values = {"tracker": "none", "kl_limit": 0.0, "eval_data": "", "reader": ""} | values
+    values = {
+        "tracker": "none",
+        "kl_limit": 0.0,
+        "watchdog": 0.0,
+        "eval_data": "",
+        "reader": "",
+    } | values
     return cfg.changed(root=str(home), **values)
 
 
