@@ -87,7 +87,7 @@ def workspace(cfg, name, parts=("base", "actor"), **values):
     """
     home = Path(cfg.root) / FOLDER / name
     for part in parts:
-        share(Path(cfg.root) / "model" / part, home / "model" / part)
+        share(artifact(cfg.root, part), home / "model" / part)
     write_lines(home / "prompts.jsonl", prompts_of(cfg))
     values = {"data": "prompts.jsonl", "prompt_data": "prompts.jsonl", "eval_share": 0.0} | values
     values = {

@@ -331,3 +331,8 @@ def test_the_quick_plan_is_a_part_of_the_whole_one():
     assert curves[1] < curves[0] and quick.seeds < whole.seeds
     assert len({run.name for run in whole.every(whole.runs)}) == 3 * len(whole.runs)
     assert whole.sizes == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def test_without_an_actor_it_says_which_notebook_to_run(tmp_path):
+    with pytest.raises(CourseError, match="model/base does not exist yet: run 0_download"):
+        more.workspace(util.Config("smoke", root=str(tmp_path)), "pool")
