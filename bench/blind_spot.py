@@ -18,7 +18,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +29,7 @@ from matplotlib.ticker import NullLocator  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import util  # noqa: E402
+from bench.algorithms import train_and_time  # noqa: E402
 from lab import record, report, splits, world  # noqa: E402
 from lab.runs import read_record  # noqa: E402
 
@@ -41,14 +41,6 @@ KINDS = {  # name: critic_kind
     "careful, only training combinations": "careful",
 }
 SIZES = {"64 x 2": (64, 2), "128 x 2": (128, 2), "128 x 4": (128, 4)}  # width x layers
-
-
-def drain(steps):
-    """Runs a training loop to its end; returns the seconds that it took."""
-    start = time.perf_counter()
-    for _ in steps:
-        pass
-    return time.perf_counter() - start
 
 
 def one_word_pairs(split, count):
@@ -145,7 +137,7 @@ class Bench:
         width, layers = SIZES[size]
         root = self.folder / f"{width}x{layers}-seed-{seed}{'-subtle' * subtle}"
         shape = dict(hidden_size=width, layers=layers, tracker="none")
-        return util.Config("tiny", root=str(root), seed=seed, **shape | values)
+        return util.Config("tiny", watchdog=0.0, root=str(root), seed=seed, **shape | values)
 
     def actor(self, size, seed, subtle=False):
         """Trains base and actor of a course, unless its folder holds them."""
@@ -161,7 +153,7 @@ class Bench:
             shutil.copytree(base, root / "model" / "base")  # pretraining reads no data of a crowd
         for name, train in (("base", util.train_base), ("actor", util.train_actor)):
             if not (root / "model" / name).exists():
-                drain(train(cfg))
+                train_and_time(train(cfg))
 
     def language_model(self, size, seed):
         """The actor's own log-probs as a score, for the right question and for another one."""
@@ -183,7 +175,7 @@ class Bench:
         if "pairs of the subtle" in kind:
             rows = list(world.rows(SUBTLE, "train", count))
         with only_training_combinations("only" in kind):
-            seconds = drain(util.train_critic(cfg, rows))
+            seconds = train_and_time(util.train_critic(cfg, rows))
         folder = util.artifact(cfg.root, "critic")
         scorer, tokenizer = util.load_scorer(folder, cfg), util.load_tokenizer(folder, cfg)
         scores = util.evaluate_critic(scorer, tokenizer, self.one_word, cfg)
@@ -203,9 +195,11 @@ class Bench:
         if kind != "actor":
             self.critic(size, seed, kind, count, subtle=True)
             if read_record(cfg.root, "critic")["config"]["critic_kind"] != kind:
-                drain(util.train_critic(cfg.changed(critic_kind=kind)))  # of an interrupted run
+                train_and_time(
+                    util.train_critic(cfg.changed(critic_kind=kind))
+                )  # of an interrupted run
             shutil.rmtree(Path(cfg.root) / "model" / "rlhf", ignore_errors=True)
-            seconds, name = drain(util.train_rlhf(cfg)), "rlhf"
+            seconds, name = train_and_time(util.train_rlhf(cfg)), "rlhf"
         tokenizer, model = util.load_pair(cfg, name)
         crew = util.Crew(tokenizer, model, util.load_pair(cfg, "actor")[1], None)
         rows, generator = self.rows[True], util.rng_for(cfg, "test")

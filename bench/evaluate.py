@@ -2,8 +2,7 @@
 
     python bench/evaluate.py --seeds 0 1 2 --out docs/evaluation.json
 
-Each seed trains base, actor and reward model once, in a folder of its own, and a second reward
-model (the watchdog) on 2,000 pairs that the first has never seen: rows of the SFT share. Then each
+Each seed trains base, actor, reward model and watchdog once, in a folder of its own. Then each
 algorithm trains a policy with the settings of the preset `tiny`. `--models FOLDER` takes base and
 actor from FOLDER/seed-0, FOLDER/seed-1, ... instead of training them. `python -m lab.record` turns
 the JSON file into the table of docs/evaluation.md.
@@ -27,7 +26,6 @@ import util  # noqa: E402
 from lab import measures, report  # noqa: E402
 
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo")
-WATCHDOG_PAIRS = 2_000
 
 
 def train(steps, what):
@@ -47,11 +45,7 @@ def prepare(folder, seed, models):
             shutil.copytree(models / f"seed-{seed}" / "model" / name, folder / "model" / name)
         else:
             train(getattr(util, f"train_{name}")(cfg), name)
-    pairs = util.load_rows(cfg, "sft", ("prompt", "chosen", "rejected"))[:WATCHDOG_PAIRS]
-    train(util.train_critic(cfg, pairs), "watchdog")
-    shutil.move(folder / "model" / "critic", folder / "watchdog")
-    train(util.train_critic(cfg), "reward model")
-    shutil.move(folder / "watchdog", folder / "model" / "critic" / "watchdog")
+    train(util.train_critic(cfg), "reward model and watchdog")
     return cfg
 
 

@@ -93,9 +93,3 @@ def look(check, prompts, responses):
             f"{len(responses)} answers; it returned {len(found)}."
         )
     return [why if isinstance(why, str) else "unsafe" if why else "" for why in found]
-
-
-def replaced(check, prompts, responses):
-    """Returns the answers, with REPLACEMENT in place of those that the filter finds unsafe."""
-    reasons = look(check, prompts, responses)
-    return [REPLACEMENT if why else text for why, text in zip(reasons, responses)]

@@ -74,11 +74,6 @@ def test_a_filter_is_found_by_name_and_checked():
         safety.look(lambda prompts, responses: [], ["p", "p"], ["a", "b"])
 
 
-def test_replaced_answers_keep_their_places():
-    found = safety.replaced(short, ["p"] * 3, ["fine answer", "no", "another one"])
-    assert found == ["fine answer", safety.REPLACEMENT, "another one"]
-
-
 # ------------------------------------------------------------------------------------- in use
 
 
