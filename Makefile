@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help course real record lab test test-machines lint bench clean lock
+.PHONY: help course real record lab test test-machines lint bench gpu clean lock
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -39,6 +39,9 @@ bench: $(VENV)/.installed  ## measure speed, memory and growth; TRL too if bench
 	$(BIN)/python bench/peak.py $(ARGS)
 	@if [ -d bench/.peers ]; then $(BIN)/python bench/peers.py $(ARGS); else echo \
 	 "To add TRL: $(BIN)/python bench/peers.py --install bench/.peers, then make bench again."; fi
+
+gpu:  ## test and measure on a GPU, with this folder's environment or any other that has torch
+	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) bench/gpu.py $(ARGS)
 
 clean:  ## remove model/ and tokenizer/
 	rm -rf model tokenizer

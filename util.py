@@ -216,19 +216,24 @@ def generate(
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     uniforms = draw_uniforms(B, max_new_tokens, generator, device)
+    every = decoding.ASK_EVERY.get(device.type, 8)
     with models.eval_mode(model):
         reader, logits = decoding.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
         for t in range(max_new_tokens):
             token, logprob = pick(logits.float(), uniforms[live, t], temperature, top_k, top_p)
             ids[live, t], logprobs[live, t] = token, logprob
-            lengths[live[torch.isin(token, stops) & (lengths[live] > t + 1)]] = t + 1
-            running = lengths[live] > t + 1
-            if not running.any():
+            length = lengths[live]
+            ends = torch.isin(token, stops) & (length > t + 1)
+            lengths[live] = length.masked_fill(ends, t + 1)
+            if t + 1 == max_new_tokens:
                 break
-            if running.float().mean() < 0.75:  # finished rows leave the batch and the cache
-                keep = running.nonzero()[:, 0]
-                reader.keep(keep)
-                live, token = live[keep], token[keep]
+            if (t + 1) % every == 0:
+                running = (lengths[live] > t + 1).nonzero()[:, 0]
+                if not len(running):
+                    break
+                if len(running) < 0.75 * len(live):  # finished rows leave the batch and the cache
+                    reader.keep(running)
+                    live, token = live[running], token[running]
             logits = reader.next(token)
     R = int(lengths.max())
     response_mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)

@@ -196,10 +196,11 @@ def describe_machine():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     memory = psutil.virtual_memory().total / 1e9
-    return (
-        f"{os.cpu_count()} cores ({name}), {memory:.0f} GB, {torch.get_num_threads()} threads, "
-        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    parts = [f"{os.cpu_count()} cores ({name})", f"{memory:.0f} GB"]
+    parts += [f"{torch.get_num_threads()} threads", platform.system()]
+    parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    gpus = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join(gpus + parts)
 
 
 def format_number(x):
@@ -216,21 +217,26 @@ def format_cell(value):
 
 
 class Report:
-    """Prints tables as markdown and writes every single measurement to a file as JSON."""
+    """Prints tables as markdown, kept in `text`, and writes every single measurement to a file as
+    JSON."""
 
     def __init__(self, out=None):
-        self.out, self.tables = out, {"machine": describe_machine()}
-        print(self.tables["machine"])
+        self.out, self.tables, self.text = out, {"machine": describe_machine()}, ""
+        self.say(self.tables["machine"])
+
+    def say(self, line):
+        self.text += line + "\n"
+        print(line, flush=True)
 
     def table(self, title, rows):
         """Prints `rows`, dicts with the same keys; a list holds repeated measurements."""
         lines = [list(rows[0]), *([format_cell(v) for v in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * width for width in widths])
-        print(f"\n### {title}\n")
+        self.say(f"\n### {title}\n")
         for line in lines:
-            print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |")
-        print(flush=True)
+            self.say("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |")
+        self.say("")
         self.tables[title] = rows
         if self.out:
             self.out.write_text(json.dumps(self.tables, indent=1) + "\n")

@@ -16,6 +16,9 @@ from lab.fast_path import decoder_of, layout, run_layers
 from lab.plain_path import forward, unwrapped
 
 BIG = 2**19  # elements of a matrix from which packing it for oneDNN pays off
+# After how many tokens Python asks which rows have finished: 8, because a GPU works ahead of Python
+# and has to wait for each such question; a CPU can tell at every token.
+ASK_EVERY = {"cpu": 1}
 
 
 def start_decoding(model, prompt_ids, prompt_mask, room):
@@ -128,14 +131,14 @@ class CachedDecoder:
         self.longest += 1
         decoder, T, B = self.decoder, self.longest, len(token)
         ahead = torch.arange(T, device=token.device) > self.at[:, None]  # (B, T)
-        mask = torch.zeros(ahead.shape, device=token.device).masked_fill(ahead, -torch.inf)
+        mask = self.keys[0].new_zeros(ahead.shape).masked_fill(ahead, -torch.inf)
         mask = mask.repeat_interleave(decoder.kv_heads, dim=0)[:, None]  # (B * heads, 1, T)
 
         def attend(i, q, k, v):
             self.keys[i][rows, :, :, at], self.values[i][rows, :, at] = k, v
             k, v = self.keys[i].flatten(0, 1)[:, :, :T], self.values[i].flatten(0, 1)[:, :T]
             q = q.reshape(len(k), -1, decoder.head_dim)  # group the queries that share a key
-            weights = torch.baddbmm(mask.to(q.dtype), q, k, alpha=decoder.head_dim**-0.5)
+            weights = torch.baddbmm(mask, q, k, alpha=decoder.head_dim**-0.5)
             return torch.bmm(weights.softmax(-1), v).view(B, -1)
 
         hidden = run_layers(decoder, token, self.at, attend)
@@ -158,8 +161,9 @@ def fused(matrices):
     weight = torch.cat(parts) if parts[1:] else parts[0]
     bias = torch.cat(biases) if biases[1:] and biases[0] is not None else biases[0]
     device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        weight = weight.to(torch.get_autocast_dtype(device))
+    if torch.is_autocast_enabled(device):  # autocast would convert both again at every token
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif worth_packing(weight):  # oneDNN needs a blocked layout: convert once, not at every token
         op = torch.ops.mkldnn
         weight = op._reorder_linear_weight(weight.detach())

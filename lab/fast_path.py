@@ -337,7 +337,10 @@ def qkv(decoder, layer, x, angles):
     q, k, v = (part.view(len(x), -1, decoder.head_dim) for part in made)
     if layer.qk_norms:
         q, k = layer.qk_norms[0](q), layer.qk_norms[1](k)
-    return (apply_rotary(q, *angles), apply_rotary(k, *angles), v) if angles else (q, k, v)
+    if angles:
+        q, k = apply_rotary(q, *angles), apply_rotary(k, *angles)
+    # Under autocast angles and norms are in float32; the cache has the dtype of the products.
+    return q.to(v.dtype), k.to(v.dtype), v
 
 
 def apply_rotary(x, cos, sin):

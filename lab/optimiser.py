@@ -25,6 +25,13 @@ def chunks(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def numbers(stats):
+    """One-element tensors and numbers as floats. The tensors of a GPU are fetched all at once."""
+    tensors = [x.detach().reshape(()) for x in stats if isinstance(x, torch.Tensor)]
+    fetched = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(fetched) if isinstance(x, torch.Tensor) else float(x) for x in stats]
+
+
 class Optimiser:
     """AdamW with warm-up, decay and gradient clipping for one or more models.
 
@@ -124,7 +131,9 @@ class Optimiser:
         for parameter in learning if shares[1:] or parts[1:] else []:
             if parameter.grad is not None:
                 parameter.grad /= total
-        figures = {name: [float(s[name]) for _, s in parts] for name in parts[0][1]}
+        names = list(parts[0][1])
+        columns = zip(*(numbers([stats[name] for name in names]) for _, stats in parts))
+        figures = dict(zip(names, columns))
         means = {n: sum(w * x for (w, _), x in zip(parts, xs)) / total for n, xs in figures.items()}
         return means | {n: max(xs) for n, xs in figures.items() if n.endswith("_q99")}
 

@@ -1,16 +1,22 @@
 """Trains on every device of this machine (CPU and GPU, if any), one after the other."""
 
+import importlib.util
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import util
-from lab import models
+from bench import common, gpu
+from lab import decoding, memory, models
 from tests.conftest import random_model
+
+pytestmark = pytest.mark.gpu
 
 GPUS = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 DEVICES = [*GPUS, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+FIGURES = "loss", "kl", "reward", "grad_norm"
 WORDS = "apple bread cloud dream eagle flute grape horse island jewel".split()
 
 
@@ -42,7 +48,7 @@ def losses(history):
     return [step["loss"] for step in history]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "dpo"])
 def test_all_devices_take_turns_in_one_process_and_agree(course, algorithm, monkeypatch):
     """The CPU runs first and last, and a GPU learns the same as the CPU."""
     made = []
@@ -95,3 +101,131 @@ def test_sampling_and_scoring_agree_on_every_device(tokenizer, device):
     expected = util.generate(home, *there, **how, generator=util.rng_for(cfg, "x"))[0]
     same = (ids[:, : expected.shape[1]].cpu() == expected[:, : ids.shape[1]]).float().mean()
     assert same > 0.95, "the same random numbers choose the same tokens"
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_do_not_depend_on_how_often_finished_rows_leave(
+    tokenizer, monkeypatch, family, temperature
+):
+    """A GPU is asked every eight tokens who has finished, the CPU at every token."""
+    model = random_model(family, len(tokenizer), initializer_range=0.1)
+    cfg = util.Config("smoke", max_new_tokens=21)
+    prompts = [f"Human: {a} {b}? Assistant:" for a in WORDS[:4] for b in WORDS]
+    tokens = util.encode_prompts(tokenizer, prompts, cfg, "cpu")
+    how = util.sampling(cfg, model, tokenizer, temperature)
+    how["eos_token_id"] = [*range(1, len(tokenizer), 8)]
+    found, steps, step, rows = [], [], decoding.CachedDecoder.next, []
+
+    def counted(self, token):
+        rows.append(len(token))
+        return step(self, token)
+
+    monkeypatch.setattr(decoding.CachedDecoder, "next", counted)
+    for every in (1, 8, 100):
+        monkeypatch.setitem(decoding.ASK_EVERY, "cpu", every)
+        found.append(util.generate(model, *tokens, **how, generator=util.rng_for(cfg, "x")))
+        steps.append(sum(rows))
+        rows.clear()
+    for ids, mask, logprobs in found[1:]:
+        assert torch.equal(ids, found[0][0]) and torch.equal(mask, found[0][1])
+        assert torch.allclose(logprobs, found[0][2], atol=1e-5)
+    assert steps[0] < steps[1] < steps[2], "rows end at different tokens, so waiting takes longer"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_cache_has_the_precision_of_the_products(tokenizer, device):
+    prompts = [f"Human: {a}? Assistant:" for a in WORDS]
+    for family in ("opt", "llama", "qwen2"):
+        model = random_model(family, len(tokenizer)).to(device)
+        cfg = util.Config("smoke", device=device, precision="bf16")
+        tokens = util.encode_prompts(tokenizer, prompts, cfg, model.device)
+        with torch.no_grad(), models.eval_mode(model), models.autocast(cfg, model):
+            reader, _ = decoding.start_decoding(model, *tokens, 4)
+            reader.next(tokens[0][:, -1])
+        assert {x.dtype for x in (*reader.keys, *reader.values)} == {torch.bfloat16}, family
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stopped_training_goes_on_with_the_same_numbers_on_every_device(
+    course, device, monkeypatch
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cfg, made, sample = course(device, steps=3, checkpoint_minutes=0), [], util.make_rollout
+    for train in (util.train_actor, util.train_critic):
+        list(train(cfg))
+    monkeypatch.setattr(util, "make_rollout", lambda *a, **k: made.append(1) or sample(*a, **k))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole = list(util.train_rlhf(cfg))
+        stopped = util.train_rlhf(cfg)
+        next(stopped), next(stopped)
+        stopped.close()
+        resumed = list(util.train_rlhf(cfg))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert len(made) == 3 + 2 + 2, "the second step saved the checkpoint of the first"
+    told, expected = ([[s[x] for x in FIGURES] for s in h[-1:]] for h in (resumed, whole))
+    assert told == expected
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_rows_are_halved_when_a_gpu_is_really_full():
+    total, state, tried = torch.cuda.get_device_properties(0).total_memory, {"rows": 64}, []
+
+    def work(size):  # 64 MB a row
+        tried.append(size)
+        return torch.ones(size, 2**24, device="cuda").sum().item()
+
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
+    try:
+        found = memory.halving(work, state, "rows", print, None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found == tried[-1] * 2**24 and 1 <= state["rows"] == tried[-1] < 64
+
+
+@pytest.mark.skipif(
+    not GPUS or not importlib.util.find_spec("bitsandbytes"), reason="needs a GPU and bitsandbytes"
+)
+def test_ppo_with_weights_in_4_bits(course):
+    cfg = course(GPUS[0], lora_rank=4, load_in_4bit=True)
+    for train in (util.train_actor, util.train_critic):
+        list(train(cfg))
+    assert all(math.isfinite(step["loss"]) for step in util.train_rlhf(cfg))
+
+
+# ------------------------------------------------------------------------------------------------
+# make gpu
+
+
+def test_the_measurements_of_make_gpu(tmp_path, monkeypatch):
+    """The same tables on the CPU, with a model that takes a second."""
+    small = {"small": lambda: common.opt_config("tiny", hidden_size=32, num_hidden_layers=1)}
+    monkeypatch.setattr(gpu, "ANSWER", 6)
+    report = common.Report(tmp_path / "gpu.json")
+    gpu.measure(torch.device("cpu"), report, small, batch=4, rounds=1, size=256)
+    titles = [title.split(" on ")[0] for title in report.tables if title != "machine"]
+    assert [t.split(",")[0] for t in titles] == [
+        "Rates of cpu", "Generation of 6 tokens", "PPO iteration"
+    ]  # fmt: skip
+    rows = next(x for title, x in report.tables.items() if title.startswith("PPO"))
+    assert {row["phase"] for row in rows} == {"generate", "score", "update"}
+    assert all(0 < share < 1 for row in rows for share in row["share of the matmul rate"])
+    assert "| small" in report.text and (tmp_path / "gpu.json").exists()
+
+
+def test_a_model_needs_as_many_flops_as_the_other_benchmarks_count():
+    config = common.opt_config("tiny")
+    model = gpu.model_of(gpu.AutoModelForCausalLM, config, torch.device("cpu"))
+    rows = [(12, 5), (40, 30)]
+    assert gpu.forward_flops(model, rows) == common.forward_flops(config, rows)
+    assert gpu.forward_flops(model, rows, False) == common.forward_flops(config, rows, False)
+
+
+def test_make_gpu_says_so_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(models, "find_device", lambda name: SimpleNamespace(type="cpu"))
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    assert gpu.main() == 0
+    assert "no GPU" in capsys.readouterr().out

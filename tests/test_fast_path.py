@@ -828,6 +828,7 @@ def test_hooks_on_the_plain_path_see_each_batch_once(pad_left, pad_right):
 # Machines and releases
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_layout_waits_for_a_gpu_once(pad_left, pad_right):
     tokens = [x.cuda() for x in (*pad_left(ALIKE, 44), *pad_right(REPLIES, 44))]

@@ -661,6 +661,7 @@ def test_models_stay_where_they_are_on_one_device_after_another(tmp_path, monkey
     assert len(states) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("number", range(torch.cuda.device_count()))
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_there(tmp_path, number):
