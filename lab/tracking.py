@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from statistics import mean
 from types import ModuleType
 
-from lab import CourseError
+from lab import CourseError, measures
 from lab.errors import explained
 from lab.hub import reason_of
 from lab.settings import nearest
@@ -220,7 +220,7 @@ def rollout_metrics(rollout, cfg):
     }
     metrics |= {
         "repetition": mean(repetition(rollout.prompts, rollout.responses)),
-        "sameness": sameness(rollout.prompts, rollout.responses),
+        "sameness": measures.said_before(rollout.prompts, rollout.responses),
     }
     if rollout.unsafe is not None:
         metrics["unsafe"] = rollout.unsafe.float().mean().item()
@@ -231,11 +231,3 @@ def rollout_metrics(rollout, cfg):
         groups = rollout.scores.view(-1, cfg.answers)
         metrics["zero_deviation"] = (groups.std(1) < 1e-6).float().mean().item()
     return metrics
-
-
-def sameness(prompts, responses):
-    """Returns the share of the answers that another prompt has received too, word for word."""
-    askers = {}
-    for prompt, text in zip(prompts, responses):
-        askers.setdefault(text, set()).add(prompt)
-    return sum(len(askers[text]) > 1 for text in responses) / len(responses)
