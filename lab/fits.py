@@ -469,7 +469,7 @@ class Counter:
         return rows, one + (rows - 1) * row
 
     def seconds(self, flops, answers, shards):
-        """Seconds of a step: updates, scores, answers. `flops`: of an update; `answers`: at once."""
+        """Seconds of a step. `flops`: of an update; `answers`: that are generated at once."""
         stage, machine = self.stage, self.machine
         rate, work, streams = machine.flops * USED, flops * stage.updates, 0
         if stage.score:
