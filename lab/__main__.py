@@ -594,7 +594,8 @@ def show_fits(args):
     import util
     from lab import fits
 
-    if not all(0 < x < math.inf for x in (args.gpu or 1, args.shards)):
+    gpu = 1 if args.gpu is None else args.gpu
+    if not (0 < gpu < math.inf and args.shards > 0):
         raise CourseError("--gpu must be above 0 and --shards at least 1.")
     given, _ = parameters(args)
     given = {"preset": "tiny" if args.model == "tiny" else "colab"} | given

@@ -6,6 +6,8 @@ counted grows by the same amount for each further layer.
 """
 
 import copy
+import math
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lab import decoding, dry_run, memory, models
+from lab.config import MODEL
 from lab.plain_path import unwrapped
 
 QWEN = dict(model_type="qwen2", vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True)
@@ -44,7 +47,7 @@ SHAPES = {  # well-known models, so that nobody has to ask the hub
     ),
 }  # fmt: skip
 USED = 0.4  # the share of the peak of matrix products that an update is assumed to reach
-LAYERS = 2, 3  # layers of the models that run
+LAYERS = 2, 3  # layers of the models that run: the last one is special, and one or two others
 
 # --------------------------------------------------------------------------------------------------
 # The model and the machine
@@ -180,7 +183,7 @@ class Stage:
     updates: float = 0  # updates of `batch` rows in a step
     writes: object = None  # the model that generates, if there is one
     answers: int = 0  # answers that it generates in a step
-    score: object = None  # score(number of rows): what every model says about the answers
+    scores: list = ()  # models that read the answers
 
 
 def actor(course, cfg, shape):
@@ -208,7 +211,8 @@ def critic(course, cfg, shape):
 
 def rewards(course, cfg, shape):
     """The reward models that 3_rlhf and 4_test load."""
-    count = cfg.ensemble + bool(cfg.watchdog) if "critic" in cfg.starts_from() else 0
+    count = cfg.ensemble if re.search(MODEL, cfg.reward) else 0
+    count += bool(cfg.watchdog and "critic" in cfg.starts_from())
     return [models.frozen(scorer(shape, cfg), cfg) for _ in range(count)]
 
 
@@ -235,18 +239,13 @@ def rlhf(course, cfg, shape):
     def loss(count):
         return minibatch_loss(crew, one, cfg, every[:count])[0]
 
-    def score(count):
-        tokens = one.minibatch(every[:count], None)[0]
-        policies = [crew.policy] * (models.precision(cfg) != "float32")  # see make_rollout
-        for model in (*policies, crew.reference or crew.policy):
-            course.response_logprobs(model, *tokens, entropy=False)
-        for model in (*critics, *filter(None, [crew.value_model])):
-            course.answer_values(model, *tokens)
-
     learning = [model for model in (crew.policy, crew.value_model) if model is not None]
+    readers = [crew.policy] * (models.precision(cfg) != "float32")  # see make_rollout
+    readers += [*filter(None, [crew.reference or crew.policy, crew.value_model]), *critics]
     return Stage(
-        cfg.minibatch, learning, frozen, loss, writes=crew.policy, answers=cfg.rollout, score=score,
+        cfg.minibatch, learning, frozen, loss, writes=crew.policy, answers=cfg.rollout,
         updates=cfg.ppo_epochs * cfg.rollout / cfg.minibatch,
+        scores=readers,
     )  # fmt: skip
 
 
@@ -282,8 +281,6 @@ STAGES = {  # name: (its function, the parameters that it sets)
 # --------------------------------------------------------------------------------------------------
 # Counting
 
-SOME = 4  # rows of which operations are counted where memory is not asked for
-
 
 def clone(shape, layers):
     """The config of the same model with fewer layers."""
@@ -308,7 +305,7 @@ def layers_of(model):
     return max(lists, key=len)
 
 
-def weights(stage):
+def weights(stage, cfg):
     """The bytes of a stage that do not depend on its rows."""
     learning = [*stage.learning, *stage.resting]
     every = [p for model in (*learning, *stage.frozen) for p in model.parameters()]
@@ -320,6 +317,7 @@ def weights(stage):
         "moments": 2 * size(trainable(learning)),
         "gradients": size(trainable(stage.learning)),
         "unit": max(units, default=0),
+        "scoring": scoring(stage, cfg),
         "writes": size(stage.writes.parameters()) if stage.writes is not None else 0,
     }
 
@@ -335,9 +333,8 @@ def update(stage, rows, several, watch, autocast):
         for p in trainable(stage.learning):
             p.grad = torch.empty_like(p)
     for i, model in enumerate(stage.learning):
-        *middle, last = layers_of(model)
-        for n, layer in enumerate((*middle, last)):
-            where = "last" if layer is last else "first" if n == 0 else "middle"
+        for n, layer in enumerate(layers := layers_of(model)):
+            where = "first" if n == 0 else "last" if layer is layers[-1] else "middle"
             for p in trainable([layer]):
                 p.register_post_accumulate_grad_hook(partial(enter, watch, f"{i} {where}"))
     loss = stage.loss(rows)
@@ -362,10 +359,22 @@ def reading(stage, cfg, rows, watch):
     return {"peak": peak, "prompt": prompt_flops, "token": watch.flops - prompt_flops}
 
 
-@torch.no_grad()
-def scoring(stage, watch):
-    stage.score(SOME)
-    return {"flops": watch.flops}
+def scoring(stage, cfg):
+    """Operations of reading one answer with every model: two for each weight and token."""
+    total = 0
+    for model in map(unwrapped, stage.scores):
+        embedding = model.get_input_embeddings().weight.numel()
+        body = sum(p.numel() for p in model.parameters()) - embedding
+        head = embedding if hasattr(model, "lm_head") else 0
+        total += 2 * body * (cfg.max_prompt + cfg.max_new_tokens) + 2 * head * cfg.max_new_tokens
+    return total
+
+
+def grown(one, two, more):
+    """The counts of a model with `more` layers than `two` has; `one` has one layer less."""
+    slopes = {name: x - one[name] for name, x in two.items() if name in one}
+    steepest = max((x for name, x in slopes.items() if "peak" in name), default=0)
+    return {name: x + more * slopes.get(name, steepest) for name, x in two.items()}
 
 
 class Counter:
@@ -373,30 +382,32 @@ class Counter:
 
     def __init__(self, course, function, cfg, shape, machine):
         self.course, self.function, self.machine = course, function, machine
-        self.changed = lambda change: Counter(
-            course, function, cfg.changed(**change), shape, machine
-        )
+        self.given = course, function, cfg, shape, machine
         self.cfg = cfg.changed(precision=machine.precision if machine.gpu else "float32")
         self.shape, self.known = shape, {}
         self.stage = function(course, self.cfg, clone(shape, 1))  # for its numbers
+
+    def changed(self, change):
+        """A Counter with other parameters, which do not change what generating needs."""
+        course, function, cfg, *more = self.given
+        new = Counter(course, function, cfg.changed(**change), *more)
+        new.known |= {key: x for key, x in self.known.items() if key[0] == "reading"}
+        return new
 
     def count(self, what, rows=0, several=False):
         """{name: number} for the whole model."""
         key = what, rows, several
         if key not in self.known:
             whole = self.shape.get_text_config().num_hidden_layers
-            few = [n for n in LAYERS if n < whole] if whole > LAYERS[-1] else [whole]
-            found = [self.run(what, clone(self.shape, n), rows, several) for n in few]
-            self.known[key] = found[0]
-            if few[1:]:  # what happens in the middle layers is never the most
-                more = (whole - few[0]) / (few[1] - few[0])
-                self.known[key] = {x: a + more * (found[1][x] - a) for x, a in found[0].items()}
+            few = LAYERS if whole > LAYERS[1] else [whole]
+            *one, found = [self.run(what, clone(self.shape, n), rows, several) for n in few]
+            self.known[key] = grown(one[0], found, whole - few[1]) if one else found
         return self.known[key]
 
     def run(self, what, shape, rows, several):
         stage = self.function(self.course, self.cfg, shape)
         if what == "weights":
-            return weights(stage)
+            return weights(stage, self.cfg)
         half, groups = models.HALF.get(self.machine.precision), 1 if self.machine.gpu else 8
         tokens = lambda _, prompts, answers, cfg, device: token_tensors(cfg, prompts, answers)  # noqa: E731
         with (
@@ -405,9 +416,7 @@ class Counter:
         ):
             if what == "update":
                 return update(stage, rows, several, watch, autocast)
-            if what == "reading":
-                return reading(stage, self.cfg, rows, watch)
-            return scoring(stage, watch)
+            return reading(stage, self.cfg, rows, watch)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -422,8 +431,8 @@ class Counter:
         """The peak of an update, `rows` rows at once, in bytes."""
         found = self.count("update", rows, several and shards == 1)
         names = [name for name in found if name.startswith("peak")]
-        if shards > 1:  # before the first gradient of a layer has come
-            names = ["peak forward", "peak 0 last"]
+        if shards > 1:  # before a layer has gradients
+            names = ["peak forward"]
         return self.held(shards) + max(found[name] for name in names) + memory.OVERHEAD
 
     def writing(self, rows, shards=1):
@@ -438,50 +447,58 @@ class Counter:
         if stage.loss:
             whole = partial(self.updating, several=rows < most, shards=shards)
             piece = partial(self.updating, several=True, shards=shards)
-            rows, peak, flops = *self.rows(rows, whole, piece, given), self.flops(rows, rows < most)
+            rows, peak = self.rows(rows, whole, piece, shards, given)
             peaks.append(peak)
         if stage.writes is not None:
             write = partial(self.writing, shards=shards)
-            answers, peak = self.rows(-(-stage.answers // shards), write, write)
+            answers, peak = self.rows(-(-stage.answers // shards), write, write, shards)
             peaks.append(peak)
         learning = fixed["moments"] + fixed["gradients"]
-        seconds = self.seconds(flops if stage.loss else 0, answers, shards)
+        seconds = self.seconds(answers, shards)
         return Estimate(rows, most, fixed["weights"], learning, max(peaks), seconds)
 
     def least(self, shards=1):
         """The peak in bytes with one row at a time."""
         rows = max(1, min(self.cfg.micro_batch, self.stage.batch))
-        return self.updating(rows, several=True, shards=shards)
+        peak = self.updating(rows, several=True, shards=shards)
+        return peak if self.stage.writes is None else max(peak, self.writing(1, shards))
 
-    def flops(self, rows, several):
-        """Operations of an update of the whole batch."""
-        return self.count("update", rows, several)["flops"] / rows * self.stage.batch
+    def per_row(self, what, name):
+        """Operations for each row, from what has been counted already."""
+        found = [(rows, x) for (kind, rows, _), x in self.known.items() if kind == what]
+        rows, numbers = max(found, key=lambda pair: pair[0])
+        return numbers[name] / rows
 
-    def rows(self, most, whole, piece, given=False):
+    def rows(self, most, whole, piece, shards, given=False):
         """(rows, peak): as many of `most` rows as fit, as the course finds them; `whole(rows)` and
         `piece(rows)` are the peaks of all rows at once and of one piece of several."""
-        room, peak = self.machine.room, whole(most)
-        if given or room is None or peak <= room or most == 1:
-            return most, peak
+        room, fixed = self.machine.room or math.inf, self.held(shards)
+        if given or most == 1 or fixed < room:
+            peak = whole(most)
+            if given or most == 1 or peak <= room:
+                return most, peak
         one = piece(1)
+        if one > room:
+            return 1, one
         row = piece(2) - one
         rows = memory.at_once(most, row, room - one + row)
         return rows, one + (rows - 1) * row
 
-    def seconds(self, flops, answers, shards):
-        """Seconds of a step. `flops`: of an update; `answers`: that are generated at once."""
-        stage, machine = self.stage, self.machine
-        rate, work, streams = machine.flops * USED, flops * stage.updates, 0
-        if stage.score:
-            work += self.count("scoring")["flops"] / SOME * stage.answers
+    def seconds(self, at_once, shards):
+        """Seconds of a step in which `at_once` answers are generated at a time."""
+        stage, machine, fixed = self.stage, self.machine, self.count("weights")
+        rate, answers = machine.flops * USED, stage.answers / shards  # of this process
+        work, streams = fixed["scoring"] * answers, 0
+        if stage.loss:
+            rows = stage.batch * stage.updates / shards
+            work += rows * self.per_row("update", "flops")
         if stage.writes is not None:
-            parts = -(-stage.answers // (answers * shards))
-            found, R = self.count("reading", -(-stage.answers // shards)), self.cfg.max_new_tokens
+            work += answers * self.per_row("reading", "prompt")
             share = 0.5 if machine.precision in models.HALF else 1
-            streamed = share * self.count("weights")["writes"] * parts
-            work += found["prompt"] * shards
-            streams = R * max(found["token"] / rate, streamed / machine.bandwidth)
-        return work / rate / shards + streams
+            streamed = share * fixed["writes"] * math.ceil(answers / at_once)
+            token = answers * self.per_row("reading", "token") / rate
+            streams = self.cfg.max_new_tokens * max(token, streamed / machine.bandwidth)
+        return work / rate + streams
 
 
 @dataclass
@@ -532,18 +549,22 @@ def verdict(counter, found, shards):
         return "yes"
     if not counter.stage.learning:
         return "no"
-    writes = counter.writing(1, shards) if counter.stage.writes else 0
-    for change in LIGHTER:
-        if not any(getattr(counter.cfg, name) for name in change):
-            peak = counter.changed(change).least(shards)
-            if peak <= room and (change.keys() != {"gradient_checkpointing"} or writes <= room):
-                words = ", ".join(f"{name}={value}" for name, value in change.items())
-                return f"no; {words}: {peak / 1e9:.1f}"
-    for more in (n for n in SHARDS if n > shards):
-        peak = max(counter.least(more), counter.writing(1, more) if counter.stage.writes else 0)
+    for words, peak in lighter(counter, shards):
         if peak <= room:
-            return f"no; --shards {more}: {peak / 1e9:.1f}"
+            return f"no; {words}: {peak / 1e9:.1f}"
     return "no"
+
+
+def lighter(counter, shards=1):
+    """Yields (what to change, the peak in bytes then with one row at a time), cheap changes first.
+    Each is counted only when it is asked for."""
+    for change in LIGHTER:
+        change = {x: value for x, value in change.items() if not getattr(counter.cfg, x)}
+        if change:
+            words = ", ".join(f"{name}={value}" for name, value in change.items())
+            yield words, counter.changed(change).least(shards)
+    for more in (n for n in SHARDS if n > shards):
+        yield f"--shards {more}", counter.least(more)
 
 
 HEAD = "stage", "rows at once", "weights", "training", "work", "peak", "seconds", "fits"
