@@ -4,9 +4,9 @@
     python bench/fits.py --out docs/fits.json --models    # estimate well-known models
     python bench/fits.py --page docs/fits.json            # write docs/scale.md
 
-Each case is two updates of small random models on the CPU, in a process of its own. Measured are the
-peak of all tensors, from torch's profiler, and that of the process's resident memory, which also
-holds free blocks between used ones. The estimate is compared with the first.
+Each case is two updates of small random models on the CPU, in a process of its own. Measured are
+the peak of all tensors, from torch's profiler, and that of the process's resident memory, which
+also holds free blocks between used ones. The estimate is compared with the first.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def train(cfg, stage, tokenizer, shape):
         return models.trainable(built(kind, **more), cfg, drop=False)
 
     rng, vocabulary = random.Random(0), shape["vocab_size"]
-    lengths = dict(prompt=cfg.max_prompt - 8)  # the template adds a few tokens
+    lengths = dict(prompt=cfg.max_prompt)  # with the template it is longer: its front is cut off
     lengths |= dict.fromkeys(("response", "chosen", "rejected"), cfg.max_new_tokens - 1)
     rows = [
         {name: common.random_text(rng, n, vocabulary) for name, n in lengths.items()}

@@ -119,6 +119,11 @@ class Autocast:
         return ATTEND.default(q, k, v, 0.0, is_causal, attn_mask=mask, scale=more.get("scale"))[0]
 
 
+def on_meta(function, answer):
+    """A function of a device's name that gives `answer` for `meta`."""
+    return lambda *device: answer if device == ("meta",) else function(*device)
+
+
 @contextmanager
 def dry(dtype=None, groups=1):
     """`with dry() as (watch, autocast):` runs the code inside on tensors without values.
@@ -133,8 +138,8 @@ def dry(dtype=None, groups=1):
             (fast_path, "GROUPS", groups),
             (torch.nn.functional, "scaled_dot_product_attention", half.attention),
             (models, "autocast", lambda *_: nullcontext()),
-            (torch, "is_autocast_enabled", lambda *_: dtype is not None),
-            (torch, "get_autocast_dtype", lambda *_: dtype),
+            (torch, "is_autocast_enabled", on_meta(torch.is_autocast_enabled, dtype is not None)),
+            (torch, "get_autocast_dtype", on_meta(torch.get_autocast_dtype, dtype)),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         for place, name in PRODUCTS:

