@@ -213,33 +213,37 @@ def row_of(case):
 
 
 def needs(name):
-    """{stage: [[what to change, peak in GB with one row at a time], ...]}, from the dearest way to
-    the first one that fits on the smallest card."""
+    """{stage: {GB of a card: [what to change, peak in GB]}}, each the first way that fits with one
+    row at a time."""
     cfg, found = util.Config("colab"), {}
-    machine, shape = fits.machine_of(cfg, min(ROOMS)), fits.shape_of(name, cfg)
+    machine, shape = fits.machine_of(cfg, ROOMS[0]), fits.shape_of(name, cfg)
     for stage, (function, own) in fits.STAGES.items():
         if stage != "4_test":
             counter = fits.Counter(util, function, util.Config("colab", **own), shape, machine)
-            ways = found[stage] = [["", counter.least() / 1e9]]
-            for words, peak in fits.lighter(counter):
-                if ways[-1][1] <= min(ROOMS):
-                    break
-                ways.append([words, peak / 1e9])
+            ways = [("", counter, 1), *fits.lighter(counter)]
+            found[stage] = {room: cheapest(ways, room) for room in ROOMS}
+            print(name, stage, found[stage], flush=True)
     return found
 
 
 def cheapest(ways, room):
-    """The first way that fits, as text."""
-    for words, peak in ways:
-        if peak <= room:
-            shards = words.removeprefix("--shards ")
-            return f"{SHORT.get(words, f'{shards} cards')}, {peak:.1f}"
-    return "-"
+    for words, counter, shards in ways:
+        if counter.within(room * 1e9, shards):
+            return [words, counter.least(shards) / 1e9]
+    return None
+
+
+def as_text(way):
+    if way is None:
+        return "-"
+    words, peak = way
+    cards = "".join(filter(str.isdigit, words))
+    return f"{SHORT.get(words, f'{cards} cards')}, {peak:.1f}"
 
 
 def card_table(found, room):
     head = ["", *next(iter(found.values()))]
-    rows = [[name, *(cheapest(x, room) for x in ways.values())] for name, ways in found.items()]
+    rows = [[name, *(as_text(x[str(room)]) for x in ways.values())] for name, ways in found.items()]
     return record.table(head, rows, {})
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from unittest import mock
 
@@ -177,12 +177,13 @@ class Stage:
 
     batch: int  # rows of an update
     learning: list  # models that learn
-    frozen: list
+    frozen: list  # models that only read, and that shard = True leaves whole
     loss: object = None  # loss(number of rows) -> tensor
     resting: list = ()  # models that learn, but not in this update
     updates: float = 0  # updates of `batch` rows in a step
     writes: object = None  # the model that generates, if there is one
     answers: int = 0  # answers that it generates in a step
+    reference: list = ()  # the frozen actor, if there is one
     scores: list = ()  # models that read the answers
 
 
@@ -232,7 +233,6 @@ def rlhf(course, cfg, shape):
     """PPO, GRPO and RLOO."""
     crew = crew_of(course, cfg, shape, values=cfg.algorithm == "ppo")
     one, critics = Rollout(cfg), rewards(course, cfg, shape)
-    frozen = [*critics, *filter(None, [crew.reference])]
     every = torch.randperm(cfg.rollout, generator=torch.Generator().manual_seed(0)).tolist()
     minibatch_loss = course.LOSSES[cfg.algorithm]
 
@@ -243,9 +243,9 @@ def rlhf(course, cfg, shape):
     readers = [crew.policy] * (models.precision(cfg) != "float32")  # see make_rollout
     readers += [*filter(None, [crew.reference or crew.policy, crew.value_model]), *critics]
     return Stage(
-        cfg.minibatch, learning, frozen, loss, writes=crew.policy, answers=cfg.rollout,
-        updates=cfg.ppo_epochs * cfg.rollout / cfg.minibatch,
-        scores=readers,
+        cfg.minibatch, learning, critics, loss, writes=crew.policy, answers=cfg.rollout,
+        updates=cfg.ppo_epochs * cfg.rollout / cfg.minibatch, scores=readers,
+        reference=[*filter(None, [crew.reference])],
     )  # fmt: skip
 
 
@@ -257,8 +257,8 @@ def dpo(course, cfg, shape):
         loss, _ = course.dpo_loss(*pairs[:2], 0, 0, beta=cfg.dpo_beta)
         return loss + cfg.dpo_nll * pairs[2]
 
-    frozen = [crew.reference] if crew.reference else []
-    return Stage(cfg.dpo_batch, [crew.policy], frozen, loss, updates=1)
+    reference = [*filter(None, [crew.reference])]
+    return Stage(cfg.dpo_batch, [crew.policy], [], loss, updates=1, reference=reference)
 
 
 def test(course, cfg, shape):
@@ -308,22 +308,26 @@ def layers_of(model):
 def weights(stage, cfg):
     """The bytes of a stage that do not depend on its rows."""
     learning = [*stage.learning, *stage.resting]
-    every = [p for model in (*learning, *stage.frozen) for p in model.parameters()]
-    units = [
-        size(m.parameters()) for model in learning for m in (*layers_of(model), largest(model))
-    ]
+    shared, whole = (
+        [p for model in group for p in model.parameters()]
+        for group in ((*learning, *stage.reference), stage.frozen)
+    )
+    layers = [size(layer.parameters()) for model in learning for layer in layers_of(model)]
     return {
-        "weights": size(every),
+        "weights": size(shared) + size(whole),
+        "whole": size(whole),
+        "gathered": sum(map(size, map(outside, stage.learning))) + 2 * max(layers, default=0),
         "moments": 2 * size(trainable(learning)),
         "gradients": size(trainable(stage.learning)),
-        "unit": max(units, default=0),
         "scoring": scoring(stage, cfg),
         "writes": size(stage.writes.parameters()) if stage.writes is not None else 0,
     }
 
 
-def largest(model):
-    return unwrapped(model).get_input_embeddings()
+def outside(model):
+    """The weights outside the layers: embeddings, norm and head."""
+    inside = {id(p) for layer in layers_of(model) for p in layer.parameters()}
+    return [p for p in model.parameters() if id(p) not in inside]
 
 
 def update(stage, rows, several, watch, autocast):
@@ -385,7 +389,11 @@ class Counter:
         self.given = course, function, cfg, shape, machine
         self.cfg = cfg.changed(precision=machine.precision if machine.gpu else "float32")
         self.shape, self.known = shape, {}
-        self.stage = function(course, self.cfg, clone(shape, 1))  # for its numbers
+
+    @cached_property
+    def stage(self):
+        """For its numbers."""
+        return self.function(self.course, self.cfg, clone(self.shape, 1))
 
     def changed(self, change):
         """A Counter with other parameters, which do not change what generating needs."""
@@ -425,7 +433,10 @@ class Counter:
         gathers at a time too."""
         fixed = self.count("weights")
         held = fixed["weights"] + fixed["moments"]
-        return held if shards == 1 else (held + fixed["gradients"]) / shards + 2 * fixed["unit"]
+        if shards == 1:
+            return held
+        whole = fixed["whole"]
+        return (held - whole + fixed["gradients"]) / shards + whole + fixed["gathered"]
 
     def updating(self, rows, several=False, shards=1):
         """The peak of an update, `rows` rows at once, in bytes."""
@@ -437,7 +448,8 @@ class Counter:
 
     def writing(self, rows, shards=1):
         """The peak while `rows` answers are generated, in bytes."""
-        return self.held(shards) + self.count("reading", rows)["peak"] + memory.OVERHEAD
+        writer = self.count("weights")["writes"] if shards > 1 else 0  # gathered for all tokens
+        return self.held(shards) + writer + self.count("reading", rows)["peak"] + memory.OVERHEAD
 
     def estimate(self, shards=1):
         """The Estimate, with as many rows at once as fit."""
@@ -462,6 +474,11 @@ class Counter:
         rows = max(1, min(self.cfg.micro_batch, self.stage.batch))
         peak = self.updating(rows, several=True, shards=shards)
         return peak if self.stage.writes is None else max(peak, self.writing(1, shards))
+
+    def within(self, room, shards=1):
+        """Whether one row at a time fits into `room` bytes."""
+        enough = self.held(shards) + memory.OVERHEAD <= room  # else nothing has to be counted
+        return enough and self.least(shards) <= room
 
     def per_row(self, what, name):
         """Operations for each row, from what has been counted already."""
@@ -528,8 +545,9 @@ def estimates(course, shape, given, machine, shards=1):
     for name, (function, own) in STAGES.items():
         cfg = config_of(course, given, own)
         counter = Counter(course, function, cfg, shape, machine)
-        found = counter.estimate(shards)
-        yield name, found, verdict(counter, found, shards)
+        among = shards if counter.stage.learning else 1
+        found = counter.estimate(among)
+        yield name, found, verdict(counter, found, among)
 
 
 def config_of(course, given, own):
@@ -549,22 +567,22 @@ def verdict(counter, found, shards):
         return "yes"
     if not counter.stage.learning:
         return "no"
-    for words, peak in lighter(counter, shards):
-        if peak <= room:
-            return f"no; {words}: {peak / 1e9:.1f}"
+    for words, other, more in lighter(counter, shards):
+        if other.within(room, more):
+            return f"no; {words}: {other.least(more) / 1e9:.1f}"
     return "no"
 
 
 def lighter(counter, shards=1):
-    """Yields (what to change, the peak in bytes then with one row at a time), cheap changes first.
-    Each is counted only when it is asked for."""
+    """Yields (what to change, a Counter, shards), cheap changes first."""
     for change in LIGHTER:
         change = {x: value for x, value in change.items() if not getattr(counter.cfg, x)}
         if change:
             words = ", ".join(f"{name}={value}" for name, value in change.items())
-            yield words, counter.changed(change).least(shards)
-    for more in (n for n in SHARDS if n > shards):
-        yield f"--shards {more}", counter.least(more)
+            yield words, counter.changed(change), shards
+    if counter.machine.precision != "fp16":  # which sharding does not know
+        for more in (n for n in SHARDS if n > shards):
+            yield f"shard=True in {more} processes", counter, more
 
 
 HEAD = "stage", "rows at once", "weights", "training", "work", "peak", "seconds", "fits"
