@@ -1,6 +1,7 @@
 """python -m lab fits: counts that are exact, estimates that grow and shrink as they must."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,25 +109,25 @@ def test_half_precision_copies_weights_and_halves_frozen_ones():
     whole, half = counter("3_rlhf PPO", "qwen2"), counter("3_rlhf PPO", "qwen2", CARD)
     assert half.count("weights")["weights"] < whole.count("weights")["weights"]
     packed = counter("1_actor SFT", machine=CARD, lora_rank=1)
-    assert packed.changed({"load_in_4bit": True}).held() < packed.held() / 2
+    assert packed.changed({"load_in_4bit": True}).held() < 0.7 * packed.held()
 
 
 def test_rows_are_halved_until_they_fit_and_the_cheapest_change_is_named():
-    found = counter("1_actor SFT", machine=fits.Machine("small", 0, 1e12, 1e11, "bf16"))
+    found = counter("1_actor SFT", machine=replace(CARD), max_prompt=100)
     found.machine.room = found.updating(1, several=True) + 1
     estimate = found.estimate()
     assert (estimate.rows, fits.verdict(found, estimate, 1)) == (1, "yes")
-    lora = found.changed({"lora_rank": 16, "gradient_checkpointing": True})
-    found.machine.room = lora.least() + 1
-    assert "gradient_checkpointing=True" in fits.verdict(found, found.estimate(), 1)
+    found.machine.room = found.changed({"gradient_checkpointing": True}).least() + 1
+    assert fits.verdict(found, found.estimate(), 1).startswith("no; gradient_checkpointing=True: ")
     found.machine.room = 1
     assert fits.verdict(found, found.estimate(), 1) == "no"
 
 
-def test_a_wide_card_generates_as_fast_as_it_reads_its_weights():
-    slow, fast = counter("4_test", machine=CARD), counter("4_test")
-    fast.machine = fits.Machine("fast", None, 1e12, 1e13, "float32", gpu=False)
-    assert slow.estimate().seconds > fast.estimate().seconds > 0
+def test_a_token_takes_as_long_as_reading_the_weights():
+    slow, fast = (
+        counter("4_test", machine=replace(PROCESSOR, flops=1e18, bandwidth=x)) for x in (1e9, 2e9)
+    )
+    assert slow.estimate().seconds == pytest.approx(2 * fast.estimate().seconds, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------
