@@ -1,10 +1,10 @@
 """python -m lab: runs the course without a browser.
 
 Papermill runs the notebook of each stage; `course` runs all five notebooks, and `overoptimise` the
-optional lesson in more/. `chat` talks to a trained model, `evaluate` measures models, `label` asks
-you which of two answers is better, `data` shows how data of yours are read, `compare` draws two
-runs on one page, `push` uploads a model to the hub, `world` writes the embedded data, and `address`
-enters the repository's address.
+optional lesson in more/. `fits` estimates the memory and time of every stage, `chat` talks to a
+trained model, `evaluate` measures models, `label` asks you which of two answers is better, `data`
+shows how data of yours are read, `compare` draws two runs on one page, `push` uploads a model to
+the hub, `world` writes the embedded data, and `address` enters the repository's address.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -66,6 +67,7 @@ def parser():
     add_world(commands)
     add_notebooks(commands)
     add_lesson(commands)
+    add_fits(commands)
     add_chat(commands)
     add_evaluate(commands)
     add_label(commands)
@@ -111,6 +113,27 @@ def add_lesson(commands):
         f"a quarter of an hour. The runs go to model/overoptimisation. {TABLE_NOTE}",
     )
     lesson.add_argument("--quick", action="store_true", help="one seed, fewer runs: 3 minutes")
+
+
+def add_fits(commands):
+    fits = commands.add_parser(
+        "fits",
+        help="how much memory and time each stage takes with a model",
+        description=f"{FITS_NOTE} {TABLE_NOTE}",
+    )
+    fits.add_argument(
+        "model",
+        metavar="MODEL",
+        help="tiny, a folder with config.json, a name on the hub, or one of opt-125m, "
+        "smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, qwen2.5-7b, which need no hub",
+    )
+    fits.add_argument(
+        "--gpu", metavar="GB", type=float, help="the memory of the GPU [that of the GPU found]"
+    )
+    fits.add_argument(
+        "--shards", metavar="N", type=int, default=1,
+        help="processes among which FSDP divides the models [1]",
+    )  # fmt: skip
 
 
 def add_chat(commands):
@@ -200,7 +223,7 @@ def add_data(commands):
 
 def add_parameters(commands):
     """Lets the commands above take parameters, and explain them in their help."""
-    for name in (*STAGES, "course", "overoptimise", "chat", "evaluate", "label", "data"):
+    for name in (*STAGES, "course", "overoptimise", "fits", "chat", "evaluate", "label", "data"):
         command = commands.choices[name]
         command.add_argument("--preset", metavar="NAME", help="the same as --set preset=NAME")
         command.add_argument(
@@ -261,6 +284,12 @@ TABLE_NOTE = (
     "The table shows the defaults of the preset tiny. Relative paths start at the folder of the "
     "notebooks."
 )
+FITS_NOTE = (
+    "Estimates the memory and the time of each stage from the config of a model; no weights are "
+    "loaded. With parameters it speaks of the run that these parameters start. Without --preset it "
+    "takes tiny for tiny and colab for all other models. If a stage does not fit, the last column "
+    "has the cheapest change with which it does, and its peak."
+)
 CHAT_NOTE = (
     "Talks to a trained model in the terminal. The models know single questions only, so every "
     "question stands alone: a model does not see what you asked before. If the judge knows the "
@@ -288,7 +317,7 @@ def read_by(command):
     read = dict.fromkeys(("chat", "label", "data"), {"all"}) | {"evaluate": {"all", "test"}}
     read |= {name: {"all", stage} for name, (_, stage) in STAGES.items()}
     read["overoptimise"] = {"all", "critic", "rlhf"}
-    every = command == "course"
+    every = command in ("course", "fits")
     return [f for f in fields(Config) if every or read[command] & {*f.metadata["stages"]}]
 
 
@@ -557,6 +586,30 @@ def print_aligned(lines):
 
 
 # ------------------------------------------------------------------------------------------------
+# What fits
+
+
+def show_fits(args):
+    """Prints what each stage needs with a model."""
+    import util
+    from lab import fits
+
+    gpu = 1 if args.gpu is None else args.gpu
+    if not (0 < gpu < math.inf and args.shards > 0):
+        raise CourseError("--gpu must be above 0 and --shards at least 1.")
+    given, _ = parameters(args)
+    given = {"preset": "tiny" if args.model == "tiny" else "colab"} | given
+    cfg = util.Config(**given)
+    shape, machine = fits.shape_of(args.model, cfg), fits.machine_of(cfg, args.gpu)
+    above, below = fits.sentences(args.model, shape, cfg, machine)
+    print(f"{above}\n")
+    with warnings.catch_warnings():  # about names that a later transformers will not know
+        warnings.simplefilter("ignore", FutureWarning)
+        print_aligned(fits.table(util, shape, given, machine, args.shards))
+    print(f"\n{below}")
+
+
+# ------------------------------------------------------------------------------------------------
 # Talking to a model
 
 
@@ -730,6 +783,7 @@ COMMANDS = {  # all others run notebooks
     "world": make_world,
     "data": show_data,
     "label": label_pairs,
+    "fits": show_fits,
     "chat": chat,
     "evaluate": evaluate_models,
     "compare": compare_runs,
