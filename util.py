@@ -52,6 +52,7 @@ from lab import (
     models,
     processes,
     safety,
+    sharding,
     splits,
     world,
 )
@@ -216,7 +217,7 @@ def generate(
     lengths = torch.full((B,), max_new_tokens, device=device)
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     uniforms = draw_uniforms(B, max_new_tokens, generator, device)
-    with models.eval_mode(model):
+    with models.eval_mode(model), sharding.whole(model):
         reader, logits = decoding.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
         for t in range(max_new_tokens):
             token, logprob = pick(logits.float(), uniforms[live, t], temperature, top_k, top_p)

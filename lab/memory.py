@@ -101,14 +101,20 @@ def room(limit, models, learning=()):
     import torch
 
     device = next(models[0].parameters()).device
-    coming = 3 * sum(p.nbytes for m in learning for p in m.parameters() if p.requires_grad)
-    there = OVERHEAD + sum(p.nbytes for m in models for p in m.parameters())
+    coming = 3 * sum(held(p) for m in learning for p in m.parameters() if p.requires_grad)
+    there = OVERHEAD + sum(held(p) for m in models for p in m.parameters())
+    there += max(sum(p.nbytes - held(p) for p in m.parameters()) for m in models)  # to generate
     left = limit * 1e9 - there if limit else SHARE * free(device)
     if device.type == "cpu":
         left = left if limit else left / processes.on_this_machine()
         busy = BUSY * max(2, torch.get_num_threads())
         left = min(left, max(LAPTOP - there, busy + coming))
     return left - coming
+
+
+def held(parameter):
+    """Returns the bytes of a parameter that this process holds: a part, if it is sharded."""
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,7 +132,8 @@ def of_update(loss, models):
     import torch
 
     parameters = [p for model in models for p in model.parameters()]
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+    sharded = {p.dtype for p in parameters if hasattr(p, "to_local")}
+    own = {p.untyped_storage().data_ptr() for p in parameters if p.dtype not in sharded}
     shapes = {shape for p in parameters for shape in (p.shape, p.shape[::-1])}
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     copies, kept = {}, {}
@@ -134,8 +141,11 @@ def of_update(loss, models):
     def note(x):
         storage = x.untyped_storage()
         where = storage.data_ptr()
-        if where not in own:
-            (copies if made_of_weights(x, shapes) else kept)[where] = storage.nbytes()
+        weights = where in own or made_of_weights(x, shapes)
+        if not weights:
+            kept[where] = storage.nbytes()
+        elif where not in own and x.dtype not in sharded:  # else gathered: freed after its layer
+            copies[where] = storage.nbytes()
         return x.detach()  # with its graph it would keep itself alive
 
     watched = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)

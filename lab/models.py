@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lab import CourseError, gguf, processes
+from lab import CourseError, gguf, processes, sharding
 from lab.agreement import eval_mode  # noqa: F401
 from lab.errors import loading
 from lab.plain_path import cache_argument
@@ -253,7 +253,7 @@ def trainable(model, cfg, *, drop=True):
         model.enable_input_require_grads()
         model.train()
     if not cfg.lora_rank:
-        return model
+        return sharding.sharded(model, cfg)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if cfg.load_in_4bit:
@@ -270,12 +270,13 @@ def trainable(model, cfg, *, drop=True):
     with warnings.catch_warnings():  # about renamed arguments and the layers of GPT-2
         warnings.simplefilter("ignore")
         try:
-            return get_peft_model(model, shape).train(model.training)
+            adapted = get_peft_model(model, shape).train(model.training)
         except ImportError as error:  # an old torchao, for example, even if nothing uses it
             raise CourseError(
                 f"lora_rank = {cfg.lora_rank} needs peft, which refuses to work here ({error}): "
                 "uninstall the package that it names, or upgrade it."
             ) from None
+    return sharding.sharded(adapted, cfg)
 
 
 def remove_dropout(model):
@@ -292,8 +293,9 @@ def save(model, tokenizer, folder):
     """Saves a model so that plain transformers can load it with `from_pretrained`.
 
     Adapters are merged into the weights, and also saved separately in `adapter/`. Of several
-    processes the first one saves.
+    processes the first one saves, and a sharded model ends there.
     """
+    sharding.gather(model)
     processes.from_first(lambda: write(model, tokenizer, folder))
 
 
@@ -400,12 +402,12 @@ def frozen(model, cfg):
     """
     model.requires_grad_(False)
     if model.device.type == "cpu" or precision(cfg) == "float32":
-        return model
+        return sharding.sharded(model, cfg)
     shared = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in shared:
             module.to(HALF[precision(cfg)])
-    return model
+    return sharding.sharded(model, cfg)
 
 
 def finest_dtype(device):

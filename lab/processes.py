@@ -123,21 +123,29 @@ def together(work):
     """
     if count() == 1:
         return [work()]
-    import torch.distributed as dist
-
     token = alone.set(True)
     try:
         mine = moved(work(), "cpu")
     except Exception as error:
+        if getattr(error, "common", False):  # the others have it already
+            raise
         told = str(error) if isinstance(error, CourseError) else f"{type(error).__name__}: {error}"
         mine = CourseError(told)
     finally:
         alone.reset(token)
-    found = [None] * count()
+    return agreed(mine)
+
+
+def agreed(mine):
+    """What each process says, in the order of the processes. All of them must call this at the same
+    time, also inside `together`. The error of one is raised in all."""
+    import torch.distributed as dist
+
+    found = [None] * joined()
     with_neighbours(lambda: dist.all_gather_object(found, mine))
     for place, result in enumerate(found):
         if isinstance(result, Exception):
-            result.elsewhere = place != rank()
+            result.elsewhere, result.common = place != rank(), True
             raise result
     return found
 
@@ -172,10 +180,16 @@ def with_neighbours(exchange):
     try:
         return exchange()
     except RuntimeError as error:
-        raise CourseError(
-            f"Another process of this training has stopped ({str(error).splitlines()[0]}). Its own "
-            "message says why. Start the same command again: it goes on from the last checkpoint."
-        ) from None
+        stopped = CourseError(lost(error))
+        stopped.common = True
+        raise stopped from None
+
+
+def lost(error):
+    return (
+        f"Another process of this training has stopped ({str(error).splitlines()[0]}). Its own "
+        "message says why. Start the same command again: it goes on from the last checkpoint."
+    )
 
 
 def moved(thing, device):
