@@ -72,11 +72,11 @@ def roots(model):
 
 def parts_of(model):
     """The modules that gather their weights by themselves; none if the model is not sharded."""
-    return [m for m in model.modules() if hasattr(m, "set_reshard_after_forward")]
+    return [m for m in model.modules() if hasattr(type(m), "set_reshard_after_forward")]
 
 
 def is_sharded(model):
-    return hasattr(roots(model)[0], "set_reshard_after_forward")
+    return hasattr(type(roots(model)[0]), "set_reshard_after_forward")
 
 
 def rest(model):
