@@ -763,7 +763,7 @@ def pairs_with_base(cfg, rows, rng):
 def sampled_answers(cfg, name, prompts, rng):
     """An answer to each prompt, from the model of a finished stage."""
     tokenizer, model = load_pair(cfg, name)
-    parts = generate_answers(model, tokenizer, prompts, cfg, rng)
+    parts = generate_answers(models.frozen(model, cfg), tokenizer, prompts, cfg, rng)
     return [text for part in parts for text in decode(tokenizer, *part[2:])]
 
 
@@ -872,6 +872,7 @@ def score_scale(model, cfg):
     known scale: 0 is the actor's mean, 1 one standard deviation of its answers to one prompt.
     """
     tokenizer, actor = load_pair(cfg, "actor")
+    actor = models.frozen(actor, cfg)
     rows = load_rows(cfg, "prompt")[: cfg.norm_prompts]
     prompts = [row["prompt"] for row in rows for _ in range(cfg.norm_answers)]
     rng, score = rng_for(cfg, "scale"), partial(answer_scores, model)

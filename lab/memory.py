@@ -13,6 +13,7 @@ import psutil
 
 from lab import processes
 from lab.errors import out_of_memory
+from lab.sharding import is_sharded
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
 LARGE = 2**27  # bytes of weights from which an update is so slow that `trim` costs little
@@ -168,14 +169,16 @@ def made_of_weights(x, shapes):
 
 def of_reading(model, tokens):
     """Estimates the bytes that a row of `tokens` tokens needs without gradients, from the config:
-    the cache of all layers, the activations of one layer, and the logits of one token."""
+    the cache of all layers, the activations of one layer, and the logits of one token; of all of
+    them if the model is sharded, because then its own forward computes them at once."""
     shape = model.config.get_text_config()
     width = getattr(shape, "hidden_size", 0)
     heads = getattr(shape, "num_attention_heads", None) or 1
     key_heads = getattr(shape, "num_key_value_heads", None) or heads
     keys = key_heads * (getattr(shape, "head_dim", None) or width // heads)
     cache = 2 * keys * getattr(shape, "num_hidden_layers", 1)
-    return 4 * (tokens * (cache + 24 * width) + 8 * getattr(shape, "vocab_size", 0))
+    logits = (8 + 2 * tokens * is_sharded(model)) * getattr(shape, "vocab_size", 0)
+    return 4 * (tokens * (cache + 24 * width) + logits)
 
 
 def at_once(most, row, room):

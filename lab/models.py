@@ -122,7 +122,8 @@ def load(kind, path, cfg, may_lack="", **extra):
     for name, there, wanted in found["mismatched_keys"]:
         shapes = f"the shape {tuple(there)}, but its config says {tuple(wanted)}"
         raise CourseError(f"{path} does not load: {name} has {shapes}.")
-    return (model if "device_map" in extra else model.to(pick_device(cfg))).eval()
+    stays = "device_map" in extra or sharding.wanted(cfg)  # or goes to its device in parts
+    return (model if stays else model.to(pick_device(cfg))).eval()
 
 
 def load_actor(path, cfg, **extra):
@@ -253,7 +254,7 @@ def trainable(model, cfg, *, drop=True):
         model.enable_input_require_grads()
         model.train()
     if not cfg.lora_rank:
-        return sharding.sharded(model, cfg)
+        return sharded(model, cfg)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if cfg.load_in_4bit:
@@ -276,7 +277,18 @@ def trainable(model, cfg, *, drop=True):
                 f"lora_rank = {cfg.lora_rank} needs peft, which refuses to work here ({error}): "
                 "uninstall the package that it names, or upgrade it."
             ) from None
-    return sharding.sharded(adapted, cfg)
+    return sharded(adapted, cfg)
+
+
+def sharded(model, cfg):
+    """Keeps this process's part of a model, if the models are sharded; see lab/sharding.py."""
+    if not sharding.wanted(cfg):
+        return model
+    if cfg.load_in_4bit:
+        raise CourseError("Weights in 4 bits cannot be sharded: set load_in_4bit = False.")
+    if precision(cfg) == "fp16":
+        raise CourseError("Sharding does not work with fp16: set precision to bf16 or float32.")
+    return sharding.shard(model, pick_device(cfg).type)
 
 
 def remove_dropout(model):
@@ -391,7 +403,9 @@ def autocast(cfg, model):
     """Returns torch's autocast context for cfg.precision; an empty context for float32."""
     if (name := precision(cfg)) == "float32":
         return nullcontext()
-    return torch.autocast(model.device.type, HALF[name])
+    # Its cache of weights in half precision would hold all layers of a sharded model.
+    cache = not sharding.is_sharded(model)
+    return torch.autocast(model.device.type, HALF[name], cache_enabled=cache)
 
 
 def frozen(model, cfg):
@@ -401,13 +415,13 @@ def frozen(model, cfg):
     to the embedding stays in float32.
     """
     model.requires_grad_(False)
-    if model.device.type == "cpu" or precision(cfg) == "float32":
-        return sharding.sharded(model, cfg)
+    if pick_device(cfg).type == "cpu" or precision(cfg) == "float32":
+        return sharded(model, cfg)
     shared = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in shared:
             module.to(HALF[precision(cfg)])
-    return sharding.sharded(model, cfg)
+    return sharded(model, cfg)
 
 
 def finest_dtype(device):

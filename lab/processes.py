@@ -78,6 +78,7 @@ def start(device="auto"):
         import torch
         from accelerate import PartialState
 
+        check_engine()
         cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState._reset_state()  # it may remember that this process was alone
         PartialState(cpu=cpu, timeout=PATIENCE)
@@ -86,6 +87,29 @@ def start(device="auto"):
             "accelerate launch has started one process: without a GPU it starts several only "
             "through MPI. Use torchrun --nproc-per-node N -m lab ... instead."
         )
+
+
+def check_engine():
+    """Of accelerate's engines for models that do not fit one card, the course uses FSDP2."""
+    told = os.environ.get
+    if told("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise CourseError(
+            "accelerate launch was told to use DeepSpeed, which the course does not use: choose "
+            "FSDP version 2 with `accelerate config`, or set shard = True and use torchrun."
+        )
+    if told("ACCELERATE_USE_FSDP") != "true":
+        return
+    if told("FSDP_VERSION") != "2":
+        raise CourseError(
+            "accelerate launch was told to use version 1 of FSDP, but the course uses version 2: "
+            "set fsdp_version to 2 in the config file of accelerate, or add --fsdp_version 2."
+        )
+    if told("FSDP_OFFLOAD_PARAMS") == "true":
+        raise CourseError(
+            "accelerate launch was told to keep sharded weights on the CPU, which the course does "
+            "not do: set fsdp_offload_params to false, and use more processes."
+        )
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes load, then shard
 
 
 def stop():

@@ -6,14 +6,13 @@ free it again. Only generation gathers the whole model, because it passes throug
 
 So all processes must pass through the same models in the same order. They work on as many pieces,
 with a copy of a row where their own rows run out; see `pieces`. And before a pass they ask whether
-all of them are there; see `in_step`.
+all of them are there; see `in_step`. As in lab/processes.py, functions import torch themselves.
 """
 
 import os
+import warnings
 from contextlib import contextmanager
 from functools import cache
-
-import torch
 
 from lab import CourseError, processes
 from lab.errors import explained
@@ -25,21 +24,15 @@ def wanted(cfg):
     return asked and processes.joined() > 1
 
 
-def sharded(model, cfg):
-    """Keeps this process's part of the weights, if `wanted`. Call it when the layers are final."""
-    if not wanted(cfg):
-        return model
+def shard(model, kind):
+    """Keeps this process's part of the weights, on devices of this kind. No layer may change any
+    more."""
     from torch.distributed.fsdp import fully_shard
 
-    if cfg.load_in_4bit:
-        raise CourseError(
-            "shard = True does not work with weights in 4 bits: set load_in_4bit = False."
-        )
-    if cfg.precision == "fp16":
-        raise CourseError("shard = True does not work with fp16: use bf16 or float32.")
-    device = next(model.parameters()).device
+    # It warns that layers of OPT return views. Nobody changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for part in (*layers(model), *roots(model)):
-        fully_shard(part, mesh=mesh_of(device.type), reshard_after_forward=True)
+        fully_shard(part, mesh=mesh_of(kind), reshard_after_forward=True)
     return model
 
 
@@ -57,7 +50,9 @@ def base_of(model):
 
 def layers(model):
     """The decoder layers: the largest list of modules."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    from torch.nn import ModuleList
+
+    lists = [m for m in model.modules() if isinstance(m, ModuleList)]
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
 
 
@@ -130,18 +125,23 @@ def whole(model):
     if not is_sharded(model):
         yield
         return
+    import torch
+
     from lab.plain_path import forward
 
-    base = base_of(model)
+    base, cached = base_of(model), torch.is_autocast_cache_enabled()
     for part in parts_of(model):
         part.set_reshard_after_forward(False, recurse=False)
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=base.device)
         forward(base, token, torch.ones_like(token, dtype=torch.bool))  # gathers each layer
         base.is_whole = True
+        torch.set_autocast_cache_enabled(True)  # else each token would convert all weights
         yield
     finally:
         base.is_whole = False
+        torch.set_autocast_cache_enabled(cached)
+        torch.clear_autocast_cache()
         for part in parts_of(model):
             part.set_reshard_after_forward(True, recurse=False)
         rest(model)
@@ -177,11 +177,13 @@ def gather(model):
     """Gives the first process the whole model on the CPU, to save it. It cannot train any more."""
     if not is_sharded(model):
         return
+    from torch.nn import Parameter
+
     found = {}
     for parameter in model.parameters():  # a tied weight once
         tensor = gathered(parameter.detach())
         if processes.first():
-            found[parameter] = torch.nn.Parameter(tensor, parameter.requires_grad)
+            found[parameter] = Parameter(tensor, parameter.requires_grad)
     if processes.first():
         for part in parts_of(model):
             part.__class__ = type(part).__mro__[2]  # as it was before `fully_shard`
