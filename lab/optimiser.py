@@ -209,8 +209,6 @@ class Optimiser:
         if longer and not self.cfg.micro_batch:
             i, before = lengths.index(longest), self.state["micro_batch"]
             found = memory.of_update(lambda: loss_of(rows[i : i + 1]), self.models)
-            for model in self.models:
-                sharding.rest(model)
             size = memory.at_once(before, found[1], room - found[0])
             self.state |= {"longest": longest, "micro_batch": size}
             if size < before:

@@ -75,7 +75,7 @@ def is_sharded(model):
 
 
 def rest(model):
-    """Frees gathered weights. FSDP expects a backward after each forward; here there was none."""
+    """Frees gathered weights, and what FSDP has noted for a backward that does not come."""
     for part in parts_of(model):
         part.reshard()
     for root in roots(model):
@@ -97,15 +97,20 @@ def in_step(model):
     if not is_sharded(model) or vars(base_of(model)).get("is_whole"):
         yield
         return
+    from torch import is_grad_enabled
+
     processes.agreed(None)
     try:
         yield
     except Exception as error:
-        lost = isinstance(error, RuntimeError) and "peer" in str(error)
-        told = explained(error) or (processes.lost(error) if lost else None)
-        found = CourseError(told) if told else error
+        told = explained(error) or f"{type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError) and "peer" in told:  # a connection is gone
+            told = processes.lost(error)
+        found = CourseError(told)
         found.common = True
-        raise found from None
+        raise found from error
+    if not is_grad_enabled():
+        rest(model)
 
 
 def pieces(rows, size, spare):

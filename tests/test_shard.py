@@ -1,9 +1,11 @@
-"""Sharded models: the same metrics and files as whole ones, and half the weights in each process."""
+"""Sharded models give the metrics and files of whole ones; each of two processes holds half."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import time
 
 import pytest
 from conftest import random_model
@@ -113,3 +115,115 @@ def test_each_process_holds_half_the_weights(courses):
         for rest, *inside in found:
             assert 0.45 < rest < 0.55
             assert inside and rest < max(inside) < 0.85
+
+
+# ------------------------------------------------------------------------------------------------
+# Stops and errors
+
+
+@pytest.fixture
+def place(courses, tmp_path):
+    """A course with base and actor."""
+    (tmp_path / "model").mkdir()
+    for name in ("dataset", "model/base", "model/actor"):
+        shutil.copytree(courses["whole"] / name, tmp_path / name)
+    return tmp_path
+
+
+one_family = pytest.mark.parametrize("courses", ["llama"], indirect=True)
+
+
+@one_family
+def test_a_stopped_run_goes_on_with_whole_or_with_sharded_models(place):
+    def until(step, shard):
+        for line in util.train_actor(config(place, actor_epochs=3, shard=shard)):
+            if line["step"] == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    train(place, "actor", actor_epochs=3)
+    expected = metrics(place, "actor")
+    assert together(2, lambda: until(2, True)) == [130, 130]
+    assert together(1, lambda: until(4, False)) == [130]
+    assert together(2, lambda: train(place, "actor", actor_epochs=3, shard=True)) == [0, 0]
+    assert_same(metrics(place, "actor"), expected)
+
+
+@one_family
+def test_a_process_without_rows_takes_part_in_every_pass(place):
+    few = {"actor_batch": 1, "sft_share": 0.1}
+    train(place, "actor", **few)
+    expected = metrics(place, "actor")
+    assert together(2, lambda: train(place, "actor", shard=True, **few)) == [0, 0]
+    assert_same(metrics(place, "actor"), expected)
+
+
+@one_family
+def test_an_error_between_passes_is_raised_in_all(place, capfd):
+    def reward(prompts, responses):
+        return [math.nan if processes.rank() else 1.0 for _ in prompts]
+
+    cfg = config(place, shard=True, steps=1)
+    assert together(2, lambda: list(util.train_rlhf(cfg, reward))) == [2, 2]
+    assert capfd.readouterr().err.count("finite number") == 2
+
+
+@one_family
+def test_where_a_process_dies_in_a_pass_the_others_stop_with_a_sentence(place, capfd):
+    def killed():
+        def die(layer, _):
+            if processes.rank() == 1 and layer.training:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        prepare = models.sharded
+
+        def shard(model, cfg):
+            sharding.layers(model)[2].register_forward_pre_hook(die)  # before it is gathered
+            return prepare(model, cfg)
+
+        models.sharded = shard
+        train(place, "actor", shard=True)
+
+    start = time.monotonic()
+    assert together(2, killed) == [2, -signal.SIGKILL]
+    assert time.monotonic() - start < 60
+    assert "Another process of this training has stopped" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# What is not sharded
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, which the course does not use"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version to 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "set fsdp_offload_params to false",
+        ),
+    ],
+)
+def test_other_engines_of_accelerate_get_a_sentence(told, sentence, monkeypatch):
+    for name, value in (told | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CourseError, match=sentence):
+        processes.start("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"load_in_4bit": True, "lora_rank": 2}, "4 bits cannot be sharded"),
+        ({"precision": "fp16"}, "does not work with fp16"),
+    ],
+)
+def test_what_cannot_be_sharded_gets_a_sentence(changes, sentence, model, monkeypatch):
+    monkeypatch.setattr(processes, "joined", lambda: 2)
+    with pytest.raises(CourseError, match=sentence):
+        models.sharded(model, util.Config(shard=True, **changes))
+
+
+def test_one_process_keeps_whole_models(model):
+    assert models.sharded(model, util.Config(shard=True)) is model
+    assert not sharding.is_sharded(model)
