@@ -162,8 +162,16 @@ def here(x):
 
 
 def gathered(x):
-    """A whole tensor on the CPU, made of the parts of all processes; another tensor as it is."""
-    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+    """A whole tensor, made of the parts of all processes; another tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def for_first(x):
+    """The same on the CPU, in the first process; the others get an empty tensor instead."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    whole = gathered(x)
+    return whole.cpu() if processes.first() else whole.new_empty(0)
 
 
 def share_of(x, like):
@@ -186,7 +194,7 @@ def gather(model):
 
     found = {}
     for parameter in model.parameters():  # a tied weight once
-        tensor = gathered(parameter.detach())
+        tensor = for_first(parameter.detach())
         if processes.first():
             found[parameter] = Parameter(tensor, parameter.requires_grad)
     if processes.first():
