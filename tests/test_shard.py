@@ -175,7 +175,7 @@ def test_an_error_between_passes_is_raised_in_all(place, capfd):
     def reward(prompts, responses):
         return [math.nan if processes.rank() else 1.0 for _ in prompts]
 
-    cfg = config(place, shard=True, steps=1)
+    cfg = config(place, shard=True, steps=1, value_init="actor")
     assert together(2, lambda: list(util.train_rlhf(cfg, reward))) == [2, 2]
     assert capfd.readouterr().err.count("finite number") == 2
 
