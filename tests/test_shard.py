@@ -59,7 +59,7 @@ def note_sizes():
     return found
 
 
-@pytest.fixture(scope="module", params=FEW)
+@pytest.fixture(scope="module", params=["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def courses(request, tmp_path_factory, root, tokenizer):
     """A course whose models were whole, and one whose models were sharded over two processes."""
     folders, family = {}, request.param
@@ -70,7 +70,7 @@ def courses(request, tmp_path_factory, root, tokenizer):
             lines = (root / "dataset" / name).read_text(encoding="utf-8").splitlines(keepends=True)
             (folder / "dataset" / name).write_text("".join(lines[:90]), encoding="utf-8")
         own = folder / "own"
-        model = random_model(family, len(tokenizer), num_hidden_layers=4, init_std=0.06)
+        model = random_model(family, len(tokenizer), num_hidden_layers=4, dropout=0.0)
         model.save_pretrained(own)
         tokenizer.save_pretrained(own)
         train(folder, "base", base_model=str(own))
