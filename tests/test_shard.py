@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+import torch
 from conftest import random_model
 from safetensors.torch import load_file
 from test_processes import assert_same, config, metrics, together, train
@@ -29,8 +30,8 @@ SMALL = {"actor_batch": 13, "micro_batch": 3, "max_new_tokens": 8, "minibatch": 
 
 def note_sizes():
     """Notes which share of each trained model this process holds, in a list for each model: at
-    rest; half of it with two layers gathered and what no layer has; and then inside each layer,
-    forward and backward, unless it generates."""
+    rest; half of it with two layers gathered and what no layer has; and then inside each layer in
+    updates, forward and backward."""
     prepare, found = models.trainable, []
 
     def bytes_of(model):
@@ -46,12 +47,11 @@ def note_sizes():
         found.append(sizes)
 
         def look(*_):
-            if not getattr(sharding.base_of(model), "is_whole", False):  # it does not generate
-                sizes.append(bytes_of(model) / total)
+            sizes.append(bytes_of(model) / total)
 
         for layer in layers:
             inside = next(m for m in layer.modules() if type(m).__name__ == "Linear")
-            inside.register_forward_hook(look)
+            inside.register_forward_hook(lambda *_: look() if torch.is_grad_enabled() else None)
             inside.register_full_backward_hook(look)
         return model
 
