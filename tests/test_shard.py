@@ -116,7 +116,8 @@ def test_sharded_models_give_the_metrics_and_weights_of_whole_ones(courses):
             expected = load_file(courses["whole"] / found.relative_to(courses["sharded"]))
             assert weights.keys() == expected.keys()
             for name, x in expected.items():
-                assert (weights[name] - x).abs().max() < 2e-4, (found, name)
+                if not name.endswith("k_proj.bias"):  # attention ignores it: its gradient is noise
+                    assert (weights[name] - x).abs().max() < 5e-5, (found, name)
         assert read_record(courses["sharded"], "critic")["processes"] == 2
 
 
