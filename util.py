@@ -52,6 +52,7 @@ from lab import (
     models,
     processes,
     safety,
+    sharding,
     splits,
     world,
 )
@@ -217,7 +218,7 @@ def generate(
     stops, live = as_ids(eos_token_id, device), torch.arange(B, device=device)
     uniforms = draw_uniforms(B, max_new_tokens, generator, device)
     every = decoding.ASK_EVERY.get(device.type, 8)
-    with models.eval_mode(model):
+    with models.eval_mode(model), sharding.whole(model):
         reader, logits = decoding.start_decoding(model, prompt_ids, prompt_mask, max_new_tokens)
         for t in range(max_new_tokens):
             token, logprob = pick(logits.float(), uniforms[live, t], temperature, top_k, top_p)
@@ -767,7 +768,7 @@ def pairs_with_base(cfg, rows, rng):
 def sampled_answers(cfg, name, prompts, rng):
     """An answer to each prompt, from the model of a finished stage."""
     tokenizer, model = load_pair(cfg, name)
-    parts = generate_answers(model, tokenizer, prompts, cfg, rng)
+    parts = generate_answers(models.frozen(model, cfg), tokenizer, prompts, cfg, rng)
     return [text for part in parts for text in decode(tokenizer, *part[2:])]
 
 
@@ -876,6 +877,7 @@ def score_scale(model, cfg):
     known scale: 0 is the actor's mean, 1 one standard deviation of its answers to one prompt.
     """
     tokenizer, actor = load_pair(cfg, "actor")
+    actor = models.frozen(actor, cfg)
     rows = load_rows(cfg, "prompt")[: cfg.norm_prompts]
     prompts = [row["prompt"] for row in rows for _ in range(cfg.norm_answers)]
     rng, score = rng_for(cfg, "scale"), partial(answer_scores, model)

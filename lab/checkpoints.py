@@ -9,15 +9,24 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from lab.sharding import for_first, share_of
 
-def write(folder, optimiser):
-    """Writes the trained weights, one file per model, and AdamW's moments."""
+
+def parts_of(optimiser):
+    """{file: tensors}: the trained weights, one file per model, and AdamW's moments. All processes
+    call it, because they gather what is sharded; the first one gets it."""
     moments = optimiser.adamw.state_dict()["state"]
     parts = {f"model-{i}": trained_tensors(model) for i, model in enumerate(optimiser.models)}
     parts["adamw"] = {f"{i}.{name}": x for i, own in moments.items() for name, x in own.items()}
+    return {
+        name: {key: for_first(x.detach()).contiguous() for key, x in tensors.items()}
+        for name, tensors in parts.items()
+    }
+
+
+def write(folder, parts):
     folder.mkdir(parents=True)
     for name, tensors in parts.items():
-        tensors = {key: x.detach().contiguous() for key, x in tensors.items()}
         save_file(tensors, folder / f"{name}.safetensors")
 
 
@@ -29,10 +38,12 @@ def read(folder, optimiser):
         if shapes(own) != shapes(saved):
             raise ValueError("it contains the weights of another model")
         for name, x in own.items():
-            x.copy_(saved[name])
+            x.copy_(share_of(saved[name], x))
     state, groups = {}, optimiser.adamw.state_dict()["param_groups"]
+    learning = [p for group in optimiser.adamw.param_groups for p in group["params"]]
     for key, x in load_file(folder / "adamw.safetensors").items():
         i, name = key.split(".")
+        x = share_of(x, learning[int(i)]) if x.dim() else x  # a number of steps is nowhere sharded
         state.setdefault(int(i), {})[name] = x.clone()  # independent of the memory-mapped file
     optimiser.adamw.load_state_dict({"state": state, "param_groups": groups})
 

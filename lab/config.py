@@ -126,6 +126,11 @@ class Config(Settings):
     num_processes: int = knob(
         1, "base actor critic rlhf", "processes on this machine that train together, same result"
     )
+    shard: bool = knob(
+        False,
+        "actor critic rlhf",
+        "each of several processes holds a part of every model (FSDP2), same result",
+    )
     micro_batch: int = knob(
         0,
         "base actor critic rlhf",

@@ -13,6 +13,7 @@ import psutil
 
 from lab import processes
 from lab.errors import out_of_memory
+from lab.sharding import is_sharded
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
 LARGE = 2**27  # bytes of weights from which an update is so slow that `trim` costs little
@@ -101,14 +102,20 @@ def room(limit, models, learning=()):
     import torch
 
     device = next(models[0].parameters()).device
-    coming = 3 * sum(p.nbytes for m in learning for p in m.parameters() if p.requires_grad)
-    there = OVERHEAD + sum(p.nbytes for m in models for p in m.parameters())
+    coming = 3 * sum(held(p) for m in learning for p in m.parameters() if p.requires_grad)
+    there = OVERHEAD + sum(held(p) for m in models for p in m.parameters())
+    there += max(sum(p.nbytes - held(p) for p in m.parameters()) for m in models)  # to generate
     left = limit * 1e9 - there if limit else SHARE * free(device)
     if device.type == "cpu":
         left = left if limit else left / processes.on_this_machine()
         busy = BUSY * max(2, torch.get_num_threads())
         left = min(left, max(LAPTOP - there, busy + coming))
     return left - coming
+
+
+def held(parameter):
+    """Returns the bytes of a parameter that this process holds: a part, if it is sharded."""
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,7 +133,8 @@ def of_update(loss, models):
     import torch
 
     parameters = [p for model in models for p in model.parameters()]
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+    sharded = {p.dtype for p in parameters if hasattr(p, "to_local")}
+    own = {p.untyped_storage().data_ptr() for p in parameters if p.dtype not in sharded}
     shapes = {shape for p in parameters for shape in (p.shape, p.shape[::-1])}
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     copies, kept = {}, {}
@@ -134,8 +142,11 @@ def of_update(loss, models):
     def note(x):
         storage = x.untyped_storage()
         where = storage.data_ptr()
-        if where not in own:
-            (copies if made_of_weights(x, shapes) else kept)[where] = storage.nbytes()
+        weights = where in own or made_of_weights(x, shapes)
+        if not weights:
+            kept[where] = storage.nbytes()
+        elif where not in own and x.dtype not in sharded:  # else gathered: freed after its layer
+            copies[where] = storage.nbytes()
         return x.detach()  # with its graph it would keep itself alive
 
     watched = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
@@ -158,14 +169,16 @@ def made_of_weights(x, shapes):
 
 def of_reading(model, tokens):
     """Estimates the bytes that a row of `tokens` tokens needs without gradients, from the config:
-    the cache of all layers, the activations of one layer, and the logits of one token."""
+    the cache of all layers, the activations of one layer, and the logits of one token; of all of
+    them if the model is sharded, because then its own forward computes them at once."""
     shape = model.config.get_text_config()
     width = getattr(shape, "hidden_size", 0)
     heads = getattr(shape, "num_attention_heads", None) or 1
     key_heads = getattr(shape, "num_key_value_heads", None) or heads
     keys = key_heads * (getattr(shape, "head_dim", None) or width // heads)
     cache = 2 * keys * getattr(shape, "num_hidden_layers", 1)
-    return 4 * (tokens * (cache + 24 * width) + 8 * getattr(shape, "vocab_size", 0))
+    logits = (8 + 2 * tokens * is_sharded(model)) * getattr(shape, "vocab_size", 0)
+    return 4 * (tokens * (cache + 24 * width) + logits)
 
 
 def at_once(most, row, room):

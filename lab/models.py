@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lab import CourseError, gguf, processes
+from lab import CourseError, gguf, processes, sharding
 from lab.agreement import eval_mode  # noqa: F401
 from lab.errors import loading
 from lab.plain_path import cache_argument
@@ -122,7 +122,8 @@ def load(kind, path, cfg, may_lack="", **extra):
     for name, there, wanted in found["mismatched_keys"]:
         shapes = f"the shape {tuple(there)}, but its config says {tuple(wanted)}"
         raise CourseError(f"{path} does not load: {name} has {shapes}.")
-    return (model if "device_map" in extra else model.to(pick_device(cfg))).eval()
+    stays = "device_map" in extra or sharding.wanted(cfg)  # or goes to its device in parts
+    return (model if stays else model.to(pick_device(cfg))).eval()
 
 
 def load_actor(path, cfg, **extra):
@@ -253,7 +254,7 @@ def trainable(model, cfg, *, drop=True):
         model.enable_input_require_grads()
         model.train()
     if not cfg.lora_rank:
-        return model
+        return sharded(model, cfg)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if cfg.load_in_4bit:
@@ -270,12 +271,24 @@ def trainable(model, cfg, *, drop=True):
     with warnings.catch_warnings():  # about renamed arguments and the layers of GPT-2
         warnings.simplefilter("ignore")
         try:
-            return get_peft_model(model, shape).train(model.training)
+            adapted = get_peft_model(model, shape).train(model.training)
         except ImportError as error:  # an old torchao, for example, even if nothing uses it
             raise CourseError(
                 f"lora_rank = {cfg.lora_rank} needs peft, which refuses to work here ({error}): "
                 "uninstall the package that it names, or upgrade it."
             ) from None
+    return sharded(adapted, cfg)
+
+
+def sharded(model, cfg):
+    """Keeps this process's part of a model, if the models are sharded; see lab/sharding.py."""
+    if not sharding.wanted(cfg):
+        return model
+    if cfg.load_in_4bit:
+        raise CourseError("Weights in 4 bits cannot be sharded: set load_in_4bit = False.")
+    if precision(cfg) == "fp16":
+        raise CourseError("Sharding does not work with fp16: set precision to bf16 or float32.")
+    return sharding.shard(model, pick_device(cfg).type)
 
 
 def remove_dropout(model):
@@ -292,8 +305,9 @@ def save(model, tokenizer, folder):
     """Saves a model so that plain transformers can load it with `from_pretrained`.
 
     Adapters are merged into the weights, and also saved separately in `adapter/`. Of several
-    processes the first one saves.
+    processes the first one saves, and a sharded model ends there.
     """
+    sharding.gather(model)
     processes.from_first(lambda: write(model, tokenizer, folder))
 
 
@@ -389,7 +403,9 @@ def autocast(cfg, model):
     """Returns torch's autocast context for cfg.precision; an empty context for float32."""
     if (name := precision(cfg)) == "float32":
         return nullcontext()
-    return torch.autocast(model.device.type, HALF[name])
+    # Its cache of weights in half precision would hold all layers of a sharded model.
+    cache = not sharding.is_sharded(model)
+    return torch.autocast(model.device.type, HALF[name], cache_enabled=cache)
 
 
 def frozen(model, cfg):
@@ -399,13 +415,13 @@ def frozen(model, cfg):
     to the embedding stays in float32.
     """
     model.requires_grad_(False)
-    if model.device.type == "cpu" or precision(cfg) == "float32":
-        return model
+    if pick_device(cfg).type == "cpu" or precision(cfg) == "float32":
+        return sharded(model, cfg)
     shared = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in shared:
             module.to(HALF[precision(cfg)])
-    return model
+    return sharded(model, cfg)
 
 
 def finest_dtype(device):

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from lab import CourseError, matmul, memory, models, processes
+from lab import CourseError, matmul, memory, models, processes, sharding
 from lab.passes import in_parts
 
 
@@ -46,6 +46,7 @@ class Optimiser:
         self.cfg, self.frozen, self.say = cfg, frozen, say
         self.models, self.peaks = [model for model, _ in rates], [rate for _, rate in rates]
         self.parameters = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
+        self.sharded = any(map(sharding.is_sharded, self.models))
         self.steps = max(steps, 1)
         self.sizes = {"rollout_batch": cfg.rollout, "longest": -1}
         self.sizes |= {"micro_batch": cfg.micro_batch or batch}
@@ -72,11 +73,11 @@ class Optimiser:
         own = processes.own(rows)
 
         def work(_):
-            if not len(own):  # more processes than rows
+            if not (len(own) or self.sharded):  # more processes than rows
                 return self.backward(own, loss_of, 1)
             with models.autocast(self.cfg, self.models[0]):
-                size = self.update_size(own, loss_of)
-            return self.backward(own, loss_of, size)
+                size = self.update_size(own if len(own) else rows[:1], loss_of)
+            return self.backward(own, loss_of, size, rows[:1])
 
         stats = self.combine(processes.together(lambda: self.fit(work, "micro_batch")))
         scale = self.schedule(progress)
@@ -84,7 +85,8 @@ class Optimiser:
             group["lr"] = peak * scale
         self.scaler.unscale_(self.adamw)
         clip = torch.nn.utils.clip_grad_norm_
-        norms = [float(clip(group, self.cfg.grad_clip)) for group in self.parameters]
+        norms = [clip(group, self.cfg.grad_clip) for group in self.parameters]
+        norms = [float(sharding.gathered(norm)) for norm in norms]
         self.apply(all(map(math.isfinite, [stats["loss"], *norms])), int(progress) + 1)
         figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
         return stats | figures | {"skipped": self.state["skipped"]}
@@ -99,23 +101,28 @@ class Optimiser:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress / self.steps)))
         return warmup * (self.cfg.lr_floor + (1 - self.cfg.lr_floor) * cosine)
 
-    def backward(self, rows, loss_of, size):
+    def backward(self, rows, loss_of, size, spare=()):
         """Gradients of `rows`, `size` rows at once; returns (weight, stats) of each piece.
 
         If there are several pieces, the gradients are sums over the pieces, each times its weight.
+        With sharded models each process takes as many pieces; `spare` is a row without weight.
         """
         self.adamw.zero_grad()
         if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
             memory.trim()  # free blocks between used ones add up
-        parts, pieces = [], chunks(rows, size)
+        parts, pieces = [], [(piece, True) for piece in chunks(rows, size)]
+        if self.sharded:
+            pieces = list(sharding.pieces(rows, size, spare))
         alone = len(pieces) == 1 and processes.joined() == 1
-        for piece in pieces:
+        for piece, real in pieces:
             with matmul.fast_matmul(self.models[0]):
                 with models.autocast(self.cfg, self.models[0]):
                     loss, weight, stats = loss_of(piece)
-                weight = 1 if alone else weight
-                self.scaler.scale(loss * weight).backward()
-            parts.append((weight, stats | {"loss": loss.detach()}))
+                weight = 1 if alone else weight * real
+                with sharding.in_step(self.models[0]):
+                    self.scaler.scale(loss * weight).backward()
+            if real:
+                parts.append((weight, stats | {"loss": loss.detach()}))
         return parts
 
     def combine(self, shares):
@@ -126,11 +133,12 @@ class Optimiser:
         parts = [part for share in shares for part in share]
         total = sum(weight for weight, _ in parts)
         learning = [p for group in self.parameters for p in group]
-        if shares[1:]:
+        if shares[1:] and not self.sharded:
             learning = self.added(learning)
+        scale = total / len(shares) if self.sharded else total  # FSDP has averaged the gradients
         for parameter in learning if shares[1:] or parts[1:] else []:
             if parameter.grad is not None:
-                parameter.grad /= total
+                parameter.grad /= scale
         names = list(parts[0][1])
         columns = zip(*(numbers([stats[name] for name in names]) for _, stats in parts))
         figures = dict(zip(names, columns))
@@ -184,6 +192,8 @@ class Optimiser:
 
     def fit(self, work, name):
         """work(size) with as many rows at once as memory holds, on the CPU as the last resort."""
+        if self.sharded:  # the others could not follow
+            return work(self.state[name])
         return memory.halving(work, self.state, name, self.say, self.leave())
 
     def room(self):
@@ -202,7 +212,10 @@ class Optimiser:
         """
         room, lengths = self.room(), [self.length(row) for row in rows]
         longest = max(lengths)
-        if not self.cfg.micro_batch and longest > self.state["longest"]:
+        longer = longest > self.state["longest"]
+        if self.sharded:  # all processes measure if one does
+            longer = any(processes.agreed(longer))
+        if longer and not self.cfg.micro_batch:
             i, before = lengths.index(longest), self.state["micro_batch"]
             found = memory.of_update(lambda: loss_of(rows[i : i + 1]), self.models)
             size = memory.at_once(before, found[1], room - found[0])

@@ -2,7 +2,7 @@
 
 import torch
 
-from lab import memory, models, processes
+from lab import memory, models, processes, sharding
 
 
 def in_parts(
@@ -16,7 +16,7 @@ def in_parts(
     results stay the same. Several processes share the rows, and all yield all results.
     """
     start, stop = processes.part_of(len(rows))
-    how = cfg, model, generator, learning, state, name, leave, say
+    how = rows[:1], cfg, model, generator, learning, state, name, leave, say
 
     def share():
         skip(generator, start, cfg.max_new_tokens)
@@ -37,12 +37,26 @@ def skip(generator, rows, length):
         torch.rand(rows, length, generator=generator, dtype=torch.float64)
 
 
-def own_parts(work, rows, cfg, model, generator, learning, state, name, leave, say):
-    """Yields work(part) for the rows of this process."""
+def own_parts(work, rows, spare, cfg, model, generator, learning, state, name, leave, say):
+    """Yields work(part) for the rows of this process. `spare` is a row for processes without."""
+
+    def run(part):
+        with torch.no_grad(), models.eval_mode(model), models.autocast(cfg, model):
+            return work(part)
+
     if state is None:
         row = memory.of_reading(model, cfg.max_prompt + cfg.max_new_tokens)
         room = memory.room(cfg.memory, [model], learning)
         state = {name: memory.at_once(cfg.eval_batch, row, room)}
+    if sharding.wanted(cfg):  # every process makes as many passes
+        for part, real in sharding.pieces(rows, state[name], spare):
+            before = generator.get_state() if generator and not real else None
+            result = run(part)
+            if real:
+                yield result
+            elif generator:
+                generator.set_state(before)
+        return
     done = 0
     while done < len(rows):
         before = generator.get_state() if generator else None
@@ -51,8 +65,7 @@ def own_parts(work, rows, cfg, model, generator, learning, state, name, leave, s
             if generator:
                 generator.set_state(before)
             part = rows[start : start + size]
-            with torch.no_grad(), models.eval_mode(model), models.autocast(cfg, model):
-                return len(part), work(part)
+            return len(part), run(part)
 
         count, result = memory.halving(attempt, state, name, say, leave)
         yield result

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from lab import CourseError
+from lab import CourseError, sharding
 from lab.agreement import agree
 
 
@@ -48,7 +48,8 @@ def forward(model, ids, mask, cache=None, **extra):
                 "another base model."
             )
         extra[name] = cache
-    return model(input_ids=ids, attention_mask=mask.long(), **extra)
+    with sharding.in_step(model):
+        return model(input_ids=ids, attention_mask=mask.long(), **extra)
 
 
 def logits_at(model, ids, mask, wanted):

@@ -78,6 +78,7 @@ def start(device="auto"):
         import torch
         from accelerate import PartialState
 
+        check_engine()
         cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState._reset_state()  # it may remember that this process was alone
         PartialState(cpu=cpu, timeout=PATIENCE)
@@ -86,6 +87,29 @@ def start(device="auto"):
             "accelerate launch has started one process: without a GPU it starts several only "
             "through MPI. Use torchrun --nproc-per-node N -m lab ... instead."
         )
+
+
+def check_engine():
+    """Of accelerate's engines for models that do not fit one card, the course uses FSDP2."""
+    told = os.environ.get
+    if told("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise CourseError(
+            "accelerate launch was told to use DeepSpeed, which the course does not use: choose "
+            "FSDP version 2 with `accelerate config`, or set shard = True and use torchrun."
+        )
+    if told("ACCELERATE_USE_FSDP") != "true":
+        return
+    if told("FSDP_VERSION") != "2":
+        raise CourseError(
+            "accelerate launch was told to use version 1 of FSDP, but the course uses version 2: "
+            "set fsdp_version to 2 in the config file of accelerate, or add --fsdp_version 2."
+        )
+    if told("FSDP_OFFLOAD_PARAMS") == "true":
+        raise CourseError(
+            "accelerate launch was told to keep sharded weights on the CPU, which the course does "
+            "not do: set fsdp_offload_params to false, and use more processes."
+        )
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes load, then shard
 
 
 def stop():
@@ -123,21 +147,29 @@ def together(work):
     """
     if count() == 1:
         return [work()]
-    import torch.distributed as dist
-
     token = alone.set(True)
     try:
         mine = moved(work(), "cpu")
     except Exception as error:
+        if getattr(error, "common", False):  # the others have it already
+            raise
         told = str(error) if isinstance(error, CourseError) else f"{type(error).__name__}: {error}"
         mine = CourseError(told)
     finally:
         alone.reset(token)
-    found = [None] * count()
+    return agreed(mine)
+
+
+def agreed(mine):
+    """What each process says, in the order of the processes. All of them must call this at the same
+    time, also inside `together`. The error of one is raised in all."""
+    import torch.distributed as dist
+
+    found = [None] * joined()
     with_neighbours(lambda: dist.all_gather_object(found, mine))
     for place, result in enumerate(found):
         if isinstance(result, Exception):
-            result.elsewhere = place != rank()
+            result.elsewhere, result.common = place != rank(), True
             raise result
     return found
 
@@ -172,10 +204,16 @@ def with_neighbours(exchange):
     try:
         return exchange()
     except RuntimeError as error:
-        raise CourseError(
-            f"Another process of this training has stopped ({str(error).splitlines()[0]}). Its own "
-            "message says why. Start the same command again: it goes on from the last checkpoint."
-        ) from None
+        stopped = CourseError(lost(error))
+        stopped.common = True
+        raise stopped from None
+
+
+def lost(error):
+    return (
+        f"Another process of this training has stopped ({str(error).splitlines()[0]}). Its own "
+        "message says why. Start the same command again: it goes on from the last checkpoint."
+    )
 
 
 def moved(thing, device):

@@ -381,9 +381,12 @@ class Stage:
 
     def save(self, optimiser, step):
         """Saves a checkpoint. Of several processes the first one saves: all have the same state."""
-        processes.from_first(lambda: self.write(optimiser, step))
+        from lab import checkpoints
 
-    def write(self, optimiser, step):
+        parts = checkpoints.parts_of(optimiser)  # all processes gather what is sharded
+        processes.from_first(lambda: self.write(optimiser, step, parts))
+
+    def write(self, optimiser, step, parts):
         """Writes a checkpoint to the folder `building`, then renames that folder.
 
         So one complete checkpoint always exists after the first. At most two are on the disk,
@@ -394,7 +397,7 @@ class Stage:
         folder, building = self.checkpoints / f"step-{step:08d}", self.checkpoints / "building"
         for old in (building, *sorted(self.checkpoints.glob("step-*"))[:-1]):
             shutil.rmtree(old, ignore_errors=True)
-        checkpoints.write(building, optimiser)
+        checkpoints.write(building, parts)
         note = {"step": step, "state": optimiser.state, "notes": self.notes, "plan": self.plan()}
         note["random"] = checkpoints.random_states(device_of(optimiser))
         note["parts"] = {path.name: file_size(path) for path in building.iterdir()}
@@ -489,7 +492,7 @@ class Stage:
 MAY_CHANGE = {  # parameters that may change before a run is resumed
     "root",  # you may move the folder of the course
     "resume", "resume_changed", "checkpoint_minutes", "kl_limit", "stop_on_alert", "cpu_fallback",
-    "memory", "tracker", "num_processes",
+    "memory", "tracker", "num_processes", "shard",
 }  # fmt: skip
 
 

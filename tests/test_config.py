@@ -125,6 +125,12 @@ def started(place, values):
     return first if isinstance(first, int) else "steps"
 
 
+def split(place, values):
+    """Whether two processes share the weights of a model."""
+    place.patch.setattr(lab.processes, "joined", lambda: 2)
+    return [lab.sharding.wanted(config(place.folder, values))]
+
+
 def rows_of(share):
     def look(place, values):
         place.patch.chdir(place.folder)
@@ -325,6 +331,7 @@ TABLE = {  # field: (another value, function that computes a result, other setti
     "checkpoint_minutes": (2.0, halfway, {}),
     "tracker": ("none", ACTOR, {}),
     "num_processes": (2, started, {}),
+    "shard": (True, split, {}),
     "micro_batch": (3, cut, {}),
     "cpu_fallback": (True, no_room, {}),
     "reader": ("own_functions.read", rows_of("sft"), {}),

@@ -299,9 +299,9 @@ def test_a_run_with_little_memory_goes_on_with_the_same_bits(begin, monkeypatch)
     asked, sizes = dict(memory=0.6, actor_batch=8, checkpoint_minutes=0), []
     whole = util.Optimiser.backward
 
-    def gradient(self, rows, loss_of, size):
+    def gradient(self, rows, loss_of, size, spare):
         sizes.append(size)
-        return whole(self, rows, loss_of, size)
+        return whole(self, rows, loss_of, size, spare)
 
     monkeypatch.setattr(util.Optimiser, "backward", gradient)
     one, other = begin("one"), begin("other")
