@@ -14,6 +14,7 @@ import json
 import os
 import random
 import sys
+import traceback
 import warnings
 from functools import partial
 from itertools import accumulate
@@ -32,16 +33,16 @@ from lab import fits, matmul, memory, models, record  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = dict(pad_token_id=common.PAD, bos_token_id=common.EOS, eos_token_id=common.EOS)
 OPT = SPECIAL | dict(
-    model_type="opt", vocab_size=8000, hidden_size=512, word_embed_proj_dim=512, ffn_dim=2048,
-    num_hidden_layers=4, num_attention_heads=8, dropout=0.0,
+    model_type="opt", vocab_size=5000, hidden_size=384, word_embed_proj_dim=384, ffn_dim=1536,
+    num_hidden_layers=4, num_attention_heads=6, dropout=0.0,
 )  # fmt: skip
 LLAMA = SPECIAL | dict(
-    model_type="llama", vocab_size=16000, hidden_size=576, intermediate_size=1536,
+    model_type="llama", vocab_size=16000, hidden_size=576, intermediate_size=1024,
     num_hidden_layers=5, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
 )  # fmt: skip
 QWEN = SPECIAL | dict(
-    model_type="qwen2", vocab_size=50000, hidden_size=384, intermediate_size=2048,
-    num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True,
+    model_type="qwen2", vocab_size=50000, hidden_size=256, intermediate_size=1024,
+    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
 CASES = {  # name: (shape, stage, parameters)
     "OPT, SFT, 4 rows": (OPT, "1_actor SFT", dict(actor_batch=4)),
@@ -62,7 +63,7 @@ CASES = {  # name: (shape, stage, parameters)
 }  # fmt: skip
 NARROW = dict(hidden_size=32, intermediate_size=64, word_embed_proj_dim=32, ffn_dim=64)
 NARROW |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-LENGTHS = dict(max_prompt=96, max_new_tokens=64, watchdog=0, device="cpu", micro_batch=0)
+LENGTHS = dict(max_prompt=48, max_new_tokens=32, watchdog=0, device="cpu", micro_batch=0)
 MODELS = "opt-125m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"
 ROOMS = 16, 24, 80  # GB
 SHORT = {
@@ -193,6 +194,8 @@ def in_new_process(work):
     if child == 0:
         try:
             os.write(write, json.dumps(work()).encode())
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(write)
@@ -205,7 +208,7 @@ def in_new_process(work):
 def row_of(case):
     found = in_new_process(partial(measured, case))
     found["estimated"] = in_new_process(partial(estimated, case))
-    return {"case": case} | found | {"error": found["estimated"] / found["allocated"] - 1}
+    return found | {"error": found["estimated"] / found["allocated"] - 1}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -216,17 +219,18 @@ def needs(name):
     """{stage: {GB of a card: [what to change, peak in GB]}}, each the first way that fits with one
     row at a time."""
     cfg, found = util.Config("colab"), {}
-    machine, shape = fits.machine_of(cfg, ROOMS[0]), fits.shape_of(name, cfg)
+    machine, shape = fits.machine_of(cfg, ROOMS[-1]), fits.shape_of(name, cfg)
     for stage, (function, own) in fits.STAGES.items():
         if stage != "4_test":
             counter = fits.Counter(util, function, util.Config("colab", **own), shape, machine)
             ways = [("", counter, 1), *fits.lighter(counter)]
             found[stage] = {room: cheapest(ways, room) for room in ROOMS}
-            print(name, stage, found[stage], flush=True)
     return found
 
 
 def cheapest(ways, room):
+    if room == 16:  # a T4 knows no bf16, and fp16 cannot be sharded
+        ways = [way for way in ways if way[2] == 1]
     for words, counter, shards in ways:
         if counter.within(room * 1e9, shards):
             return [words, counter.least(shards) / 1e9]
@@ -250,8 +254,8 @@ def card_table(found, room):
 def write_page(found):
     page, names = ROOT / "docs" / "scale.md", ("estimated", "allocated", "resident")
     cells = [
-        [x["case"], *(f"{x[name]:.0f}" for name in names), f"{x['error']:+.1%}"]
-        for x in found["cases"]
+        [case, *(f"{x[name]:.0f}" for name in names), f"{x['error']:+.1%}"]
+        for case, x in found["cases"].items()
     ]
     head = ["MB", *names, "error"]
     record.fill(page, "fits measured", record.table(head, cells, {}))
@@ -271,15 +275,13 @@ def main():
     torch.set_num_threads(1)  # threads do not survive a fork
     warnings.simplefilter("ignore", FutureWarning)
     found = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    if args.models:
-        found["needs"] = {name: needs(name) for name in MODELS}
-    else:
-        found |= {"machine": common.describe_machine(), "cases": []}
-        for case in args.only:
-            found["cases"].append(row_of(case))
-            print(found["cases"][-1], flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    work, names = (needs, MODELS) if args.models else (row_of, args.only)
+    found |= {"needs": {}} if args.models else {"machine": common.describe_machine(), "cases": {}}
+    for name in names:
+        result = found["needs" if args.models else "cases"][name] = work(name)
+        print(name, result, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
