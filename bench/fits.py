@@ -254,7 +254,7 @@ def card_table(found, room):
 def write_page(found):
     page, names = ROOT / "docs" / "scale.md", ("estimated", "allocated", "resident")
     cells = [
-        [case, *(f"{x[name]:.0f}" for name in names), f"{x['error']:+.1%}"]
+        [case, *(f"{x[name]:.0f}" for name in names), f"{abs(x['error']):.1%}"]
         for case, x in found["cases"].items()
     ]
     head = ["MB", *names, "error"]

@@ -152,15 +152,16 @@ def dry(dtype=None, groups=1):
 class FourBit(torch.nn.Linear):
     """A frozen matrix as bitsandbytes stores it: 4 bits a weight, and one scale for 64 of them."""
 
-    def __init__(self, matrix):
+    def __init__(self, matrix, dtype):
         torch.nn.Module.__init__(self)
+        self.dtype = dtype  # of the product
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
         size = matrix.weight.numel() * 9 // 16
         weight = torch.empty(size, dtype=torch.uint8, device=META)
         self.weight, self.bias = torch.nn.Parameter(weight, requires_grad=False), matrix.bias
 
     def forward(self, x):
-        out = Unpacked.apply(x, self.out_features)
+        out = Unpacked.apply(x, self.out_features, self.dtype)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -168,20 +169,20 @@ class Unpacked(torch.autograd.Function):
     """The product with a matrix that is unpacked for each use."""
 
     @staticmethod
-    def forward(ctx, x, width):
+    def forward(ctx, x, width, dtype):
         ctx.depth, ctx.dtype = x.shape[-1], x.dtype
-        x = x.half()
+        x = x.to(dtype)
         return x @ x.new_empty(ctx.depth, width)
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad @ grad.new_empty(grad.shape[-1], ctx.depth)).to(ctx.dtype), None
+        return (grad @ grad.new_empty(grad.shape[-1], ctx.depth)).to(ctx.dtype), None, None
 
 
-def in_4_bits(model):
+def in_4_bits(model, dtype):
     """Packs all matrices except the head, as load_in_4bit does."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear and name not in ("lm_head", "score"):
-                setattr(module, name, FourBit(child))
+                setattr(module, name, FourBit(child, dtype))
     return model

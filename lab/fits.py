@@ -130,19 +130,21 @@ def seconds(work, device):
 
 
 def causal(shape, cfg, packed=False):
-    return built(AutoModelForCausalLM, shape, packed)
+    return built(AutoModelForCausalLM, shape, cfg, packed)
 
 
 def scorer(shape, cfg, packed=False):
     shape = copy.deepcopy(shape)
     shape.num_labels = 1
-    return built(AutoModelForSequenceClassification, shape, packed)
+    return built(AutoModelForSequenceClassification, shape, cfg, packed)
 
 
-def built(kind, shape, packed):
+def built(kind, shape, cfg, packed):
     with dry_run.META:
         model = kind.from_config(shape, dtype=torch.float32).eval()
-    return dry_run.in_4_bits(model) if packed else model
+    if not packed:
+        return model
+    return dry_run.in_4_bits(model, models.HALF.get(models.precision(cfg), torch.float32))
 
 
 def rows_of(count):
