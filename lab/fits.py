@@ -467,9 +467,10 @@ class Counter:
             write = partial(self.writing, shards=shards)
             answers, peak = self.rows(-(-stage.answers // shards), write, write, shards)
             peaks.append(peak)
-        learning = fixed["moments"] + fixed["gradients"]
+        learning = (fixed["moments"] + fixed["gradients"]) / shards
+        weights = (fixed["weights"] - fixed["whole"]) / shards + fixed["whole"]
         seconds = self.seconds(answers, shards)
-        return Estimate(rows, most, fixed["weights"], learning, max(peaks), seconds)
+        return Estimate(rows, most, weights, learning, max(peaks), seconds)
 
     def least(self, shards=1):
         """The peak in bytes with one row at a time."""
