@@ -415,7 +415,8 @@ def frozen(model, cfg):
     to the embedding stays in float32.
     """
     model.requires_grad_(False)
-    if pick_device(cfg).type == "cpu" or precision(cfg) == "float32":
+    device = pick_device(cfg) if sharding.wanted(cfg) else model.device  # sharding will move it
+    if device.type == "cpu" or precision(cfg) == "float32":
         return sharded(model, cfg)
     shared = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for module in model.modules():
