@@ -137,6 +137,7 @@ class Bench:
         width, layers = SIZES[size]
         root = self.folder / f"{width}x{layers}-seed-{seed}{'-subtle' * subtle}"
         shape = dict(hidden_size=width, layers=layers, tracker="none")
+        shape["resume"] = False  # an interrupted run may have had other rows
         return util.Config("tiny", watchdog=0.0, root=str(root), seed=seed, **shape | values)
 
     def actor(self, size, seed, subtle=False):
