@@ -170,7 +170,7 @@ def forward_flops(config, rows, head=True):
     only at positions that predict a token of the answer.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
-    weights, total = layers * (4 * width**2 + 2 * width * config.ffn_dim), 0
+    weights, total = layers * layer_weights(config), 0
     for prompt, answer in rows:
         tokens = prompt + answer - 1
         total += 2 * weights * tokens + layers * 2 * width * tokens * (tokens + 1)
@@ -178,11 +178,19 @@ def forward_flops(config, rows, head=True):
     return total
 
 
+def layer_weights(config):
+    """The number of weights in the matrices of a layer: of OPT, or with gates and shared keys."""
+    width = config.hidden_size
+    if hasattr(config, "ffn_dim"):
+        return 4 * width**2 + 2 * width * config.ffn_dim
+    keys = width * config.num_key_value_heads // config.num_attention_heads
+    return 2 * width * (width + keys) + 3 * width * config.intermediate_size
+
+
 def count_weights(config):
     """The number of weights in the matrices; the token embedding counts once."""
-    width = config.hidden_size
-    layer = 4 * width**2 + 2 * width * config.ffn_dim
-    return config.num_hidden_layers * layer + config.vocab_size * width
+    layers = config.num_hidden_layers * layer_weights(config)
+    return layers + config.vocab_size * config.hidden_size
 
 
 # ------------------------------------------------------------------------------------------------

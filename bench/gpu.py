@@ -5,7 +5,7 @@
 
 The tests marked `gpu` come first. Then models with random weights generate answers, beside their
 own `generate`, and learn from them with PPO. Each phase is compared with the rates that large
-matrix products and copies reach on the same GPU. The tables are written as JSON and, beside it, as
+matrix products and reading reach on the same GPU. The tables are written as JSON and, beside it, as
 markdown. Without a GPU the command says so and does nothing.
 
 Needs torch, transformers, pandas, psutil, pytest and hypothesis, and no network. Tests of LoRA and
@@ -15,7 +15,6 @@ of 4 bits need peft and bitsandbytes; without them they are skipped, with a line
 import argparse
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -23,74 +22,33 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 import util  # noqa: E402
 from bench import common  # noqa: E402
-from lab import models  # noqa: E402
+from lab import fits, models  # noqa: E402
 
 ANSWER, EPOCHS, MINIBATCH = 64, 4, 16
-QWEN = dict(
-    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-    num_key_value_heads=2, vocab_size=151936, max_position_embeddings=2048,
-    tie_word_embeddings=True, pad_token_id=common.PAD, bos_token_id=common.EOS,
-    eos_token_id=common.EOS,
-)  # fmt: skip
+SPECIAL = dict(pad_token_id=common.PAD, bos_token_id=common.EOS, eos_token_id=common.EOS)
 SHAPES = {
     "tiny": lambda: common.opt_config("tiny"),
     "opt-125m": lambda: common.opt_config("opt125m"),
-    "Qwen2.5-0.5B": lambda: Qwen2Config(**QWEN),
+    "Qwen2.5-0.5B": lambda: AutoConfig.for_model(**fits.SHAPES["qwen2.5-0.5b"] | SPECIAL),
 }
-
-
-def wait(device):
-    """Waits until the device has done all its work, so that a clock may be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def seconds_of(function, device, rounds):
     """The seconds of each of a few runs, after one warm-up."""
-    found = []
-    for _ in range(rounds + 1):
-        wait(device)
-        start = time.perf_counter()
-        function()
-        wait(device)
-        found.append(time.perf_counter() - start)
-    return found[1:]
-
-
-def rates(device, dtype, size=8192):
-    """(FLOP/s, bytes/s): the best of a few large matrix products and copies."""
-    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    flops = 2 * size**3 / min(seconds_of(lambda: x @ y, device, 5))
-    copied = 2 * x.nbytes / min(seconds_of(lambda: y.copy_(x), device, 5))
-    return flops, copied
+    return [fits.seconds(function, device) for _ in range(rounds + 1)][1:]
 
 
 def model_of(kind, config, device, seed=0):
     torch.manual_seed(seed)
     return kind.from_config(config).to(device).eval()
-
-
-def matrices(model):
-    """The number of weights of all matrices inside the layers."""
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    return sum(p.numel() for p in layers.parameters() if p.dim() == 2)
-
-
-def forward_flops(model, lengths, head=True):
-    """The minimum FLOPs of a forward pass over rows of (prompt, answer) tokens."""
-    config, total = model.config, 0
-    for prompt, answer in lengths:
-        tokens = prompt + answer - 1
-        total += 2 * matrices(model) * tokens
-        total += config.num_hidden_layers * 2 * config.hidden_size * tokens * (tokens + 1)
-        total += 2 * config.hidden_size * config.vocab_size * answer * head
-    return total
 
 
 def generation(config, cfg, device, batch, rounds):
@@ -138,21 +96,24 @@ def crew_of(config, cfg, device):
 
 def iteration(crew, cfg, prompts, optimiser):
     """One step of 3_rlhf; returns the rollout and the seconds of each phase."""
-    device = crew.policy.device
-    wait(device)
-    start = time.perf_counter()
-    rollout = util.make_rollout(crew, prompts, cfg, util.rng_for(cfg, "x"), optimiser=optimiser)
-    rollout.advantages, rollout.returns = util.ppo_advantages(rollout, cfg)
-    wait(device)
-    middle = time.perf_counter()
-    optimiser.length = rollout.lengths().__getitem__
-    for epoch in range(cfg.ppo_epochs):
-        for rows in util.batches(len(prompts), cfg.minibatch, util.rng_for(cfg, "y", epoch)):
-            optimiser.step(rows, partial(util.ppo_minibatch_loss, crew, rollout, cfg), 0)
-    wait(device)
-    spent = {"generate": rollout.seconds["generate"], "update": time.perf_counter() - middle}
-    spent["score"] = middle - start - spent["generate"]
-    return rollout, spent
+    device, made = crew.policy.device, []
+
+    def answer():
+        rng = util.rng_for(cfg, "x")
+        made.append(util.make_rollout(crew, prompts, cfg, rng, optimiser=optimiser))
+        made[0].advantages, made[0].returns = util.ppo_advantages(made[0], cfg)
+
+    def update():
+        optimiser.length = made[0].lengths().__getitem__
+        loss_of = partial(util.ppo_minibatch_loss, crew, made[0], cfg)
+        for epoch in range(cfg.ppo_epochs):
+            for rows in util.batches(len(prompts), cfg.minibatch, util.rng_for(cfg, "y", epoch)):
+                optimiser.step(rows, loss_of, 0)
+
+    answering, updating = fits.seconds(answer, device), fits.seconds(update, device)
+    generating = made[0].seconds["generate"]
+    spent = {"generate": generating, "score": answering - generating, "update": updating}
+    return made[0], spent
 
 
 def ppo(config, cfg, device, rounds, flops_rate, bytes_rate):
@@ -163,7 +124,7 @@ def ppo(config, cfg, device, rounds, flops_rate, bytes_rate):
     found = [iteration(crew, cfg, prompts, optimiser) for _ in range(rounds + 1)][1:]
     rollout = found[-1][0]
     lengths = list(zip(rollout.tokens[1].sum(1).tolist(), rollout.mask.sum(1).tolist()))
-    whole, body = (forward_flops(crew.policy, lengths, head) for head in (True, False))
+    whole, body = (common.forward_flops(config, lengths, head) for head in (True, False))
     again = models.precision(cfg) != "float32"  # half precision scores the policy, too
     work = {
         "generate": whole,
@@ -171,7 +132,7 @@ def ppo(config, cfg, device, rounds, flops_rate, bytes_rate):
         "update": 3 * EPOCHS * (whole + body),
     }
     size = 4 if models.precision(cfg) == "float32" else 2
-    streamed = size * matrices(crew.policy) * rollout.mask.shape[1]
+    streamed = size * common.count_weights(config) * rollout.mask.shape[1]
     for phase, flops in work.items():
         seconds = [spent[phase] for _, spent in found]
         yield {
@@ -179,29 +140,29 @@ def ppo(config, cfg, device, rounds, flops_rate, bytes_rate):
             "seconds": seconds,
             "minimum TFLOP": flops / 1e12,
             "share of the matmul rate": [flops / s / flops_rate for s in seconds],
-            "share of the copy rate": (
+            "share of the read rate": (
                 [streamed / s / bytes_rate for s in seconds] if phase == "generate" else "-"
             ),
         }
 
 
-def config_for(device, batch, **values):
+def config_for(device, batch):
     limits = dict(max_prompt=125, max_new_tokens=ANSWER, steps=10**6, tracker="none")
     rows = dict(rollout=batch, minibatch=min(MINIBATCH, batch), ppo_epochs=EPOCHS)
     rates = dict(policy_lr=1e-7, value_lr=1e-7, stop_kl=0.0)
-    return util.Config("tiny", device=str(device), **limits | rows | rates | values)
+    return util.Config("tiny", device=str(device), **limits | rows | rates)
 
 
-def measure(device, report, shapes=SHAPES, batch=64, rounds=3, size=8192):
+def measure(device, report, shapes=SHAPES, batch=64, rounds=3, size=None):
     """All tables for one device."""
     cfg = config_for(device, batch)
     name = models.precision(cfg)
-    flops_rate, bytes_rate = rates(device, models.HALF.get(name, torch.float32), size)
+    flops_rate, bytes_rate = fits.measured(device, models.HALF.get(name, torch.float32), size)
     report.table(
         f"Rates of {device}",
         [
             {"what": f"matrix products, {name}", "rate": f"{flops_rate / 1e12:.3g} TFLOP/s"},
-            {"what": "copies (read and written)", "rate": f"{bytes_rate / 1e9:.3g} GB/s"},
+            {"what": "reading memory", "rate": f"{bytes_rate / 1e9:.3g} GB/s"},
         ],
     )
     made = [
@@ -233,7 +194,7 @@ def main():
     passed = args.no_tests or run_tests()
     report = common.Report(args.out)
     measure(device, report)
-    measure(torch.device("cpu"), report, {"tiny": SHAPES["tiny"]}, size=2048)
+    measure(torch.device("cpu"), report, {"tiny": SHAPES["tiny"]})
     args.out.with_suffix(".md").write_text(report.text, encoding="utf-8")
     return 0 if passed else 1
 

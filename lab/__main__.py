@@ -130,10 +130,6 @@ def add_fits(commands):
     fits.add_argument(
         "--gpu", metavar="GB", type=float, help="the memory of the GPU [that of the GPU found]"
     )
-    fits.add_argument(
-        "--shards", metavar="N", type=int, default=1,
-        help="processes among which FSDP divides the models [1]",
-    )  # fmt: skip
 
 
 def add_chat(commands):
@@ -594,9 +590,8 @@ def show_fits(args):
     import util
     from lab import fits
 
-    gpu = 1 if args.gpu is None else args.gpu
-    if not (0 < gpu < math.inf and args.shards > 0):
-        raise CourseError("--gpu must be above 0 and --shards at least 1.")
+    if args.gpu is not None and not 0 < args.gpu < math.inf:
+        raise CourseError("--gpu must be above 0.")
     given, _ = parameters(args)
     given = {"preset": "tiny" if args.model == "tiny" else "colab"} | given
     cfg = util.Config(**given)
@@ -605,7 +600,8 @@ def show_fits(args):
     print(f"{above}\n")
     with warnings.catch_warnings():  # about names that a later transformers will not know
         warnings.simplefilter("ignore", FutureWarning)
-        print_aligned(fits.table(util, shape, given, machine, args.shards))
+        shards = cfg.num_processes if cfg.shard else 1
+        print_aligned(fits.table(util, shape, given, machine, shards))
     print(f"\n{below}")
 
 

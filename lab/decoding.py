@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lab.agreement import agree
 from lab.fast_path import decoder_of, layout, run_layers
-from lab.plain_path import forward, unwrapped
+from lab.plain_path import forward
+from lab.sharding import unwrapped
 
 BIG = 2**19  # elements of a matrix from which packing it for oneDNN pays off
 # After how many tokens Python asks which rows have finished: 8, because a GPU works ahead of Python

@@ -20,7 +20,8 @@ import transformers
 
 from lab import plain_path
 from lab.agreement import agree, is_off, turn_off
-from lab.plain_path import forward, has_hooks, unwrapped
+from lab.plain_path import forward, has_hooks
+from lab.sharding import unwrapped
 
 GROUPS = 8  # groups of rows of similar length for attention on a CPU; a GPU uses one group
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lab import decoding, dry_run, memory, models
 from lab.config import MODEL
-from lab.plain_path import unwrapped
+from lab.sharding import layers, unwrapped
 
 QWEN = dict(model_type="qwen2", vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True)
 SHAPES = {  # well-known models, so that nobody has to ask the hub
@@ -106,8 +106,9 @@ def machine_of(cfg, gpu=None):
     return Machine("this machine's processor", None, flops, bandwidth, precision, gpu=False)
 
 
-def measured(device, dtype, size=1024):
+def measured(device, dtype, size=None):
     """The rates of this machine: operations a second of matrix products, bytes a second."""
+    size = size or (1024 if device.type == "cpu" else 8192)
     x = torch.ones(size, size, device=device, dtype=dtype)
     y = torch.ones(2**25, device=device)
     products, reads = (
@@ -117,7 +118,8 @@ def measured(device, dtype, size=1024):
 
 
 def seconds(work, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """The seconds that work() takes until the device has done all of it."""
+    wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
     wait()
     start = time.perf_counter()
     work()
@@ -179,13 +181,12 @@ class Stage:
 
     batch: int  # rows of an update
     learning: list  # models that learn
-    frozen: list  # models that only read, and that shard = True leaves whole
+    frozen: list  # models that only read
     loss: object = None  # loss(number of rows) -> tensor
     resting: list = ()  # models that learn, but not in this update
     updates: float = 0  # updates of `batch` rows in a step
     writes: object = None  # the model that generates, if there is one
     answers: int = 0  # answers that it generates in a step
-    reference: list = ()  # the frozen actor, if there is one
     scores: list = ()  # models that read the answers
 
 
@@ -245,9 +246,9 @@ def rlhf(course, cfg, shape):
     readers = [crew.policy] * (models.precision(cfg) != "float32")  # see make_rollout
     readers += [*filter(None, [crew.reference or crew.policy, crew.value_model]), *critics]
     return Stage(
-        cfg.minibatch, learning, critics, loss, writes=crew.policy, answers=cfg.rollout,
-        updates=cfg.ppo_epochs * cfg.rollout / cfg.minibatch, scores=readers,
-        reference=[*filter(None, [crew.reference])],
+        cfg.minibatch, learning, [*filter(None, [crew.reference]), *critics], loss,
+        writes=crew.policy, answers=cfg.rollout, scores=readers,
+        updates=cfg.ppo_epochs * cfg.rollout / cfg.minibatch,
     )  # fmt: skip
 
 
@@ -259,8 +260,8 @@ def dpo(course, cfg, shape):
         loss, _ = course.dpo_loss(*pairs[:2], 0, 0, beta=cfg.dpo_beta)
         return loss + cfg.dpo_nll * pairs[2]
 
-    reference = [*filter(None, [crew.reference])]
-    return Stage(cfg.dpo_batch, [crew.policy], [], loss, updates=1, reference=reference)
+    frozen = [*filter(None, [crew.reference])]
+    return Stage(cfg.dpo_batch, [crew.policy], frozen, loss, updates=1)
 
 
 def test(course, cfg, shape):
@@ -302,23 +303,13 @@ def trainable(learners):
     return [p for model in learners for p in model.parameters() if p.requires_grad]
 
 
-def layers_of(model):
-    lists = (m for m in unwrapped(model).modules() if isinstance(m, torch.nn.ModuleList))
-    return max(lists, key=len)
-
-
 def weights(stage, cfg):
     """The bytes of a stage that do not depend on its rows."""
     learning = [*stage.learning, *stage.resting]
-    shared, whole = (
-        [p for model in group for p in model.parameters()]
-        for group in ((*learning, *stage.reference), stage.frozen)
-    )
-    layers = [size(layer.parameters()) for model in learning for layer in layers_of(model)]
+    each = [size(layer.parameters()) for model in learning for layer in layers(model)]
     return {
-        "weights": size(shared) + size(whole),
-        "whole": size(whole),
-        "gathered": sum(map(size, map(outside, stage.learning))) + 2 * max(layers, default=0),
+        "weights": size(p for model in (*learning, *stage.frozen) for p in model.parameters()),
+        "gathered": sum(map(size, map(outside, stage.learning))) + 2 * max(each, default=0),
         "moments": 2 * size(trainable(learning)),
         "gradients": size(trainable(stage.learning)),
         "scoring": scoring(stage, cfg),
@@ -328,7 +319,7 @@ def weights(stage, cfg):
 
 def outside(model):
     """The weights outside the layers: embeddings, norm and head."""
-    inside = {id(p) for layer in layers_of(model) for p in layer.parameters()}
+    inside = {id(p) for layer in layers(model) for p in layer.parameters()}
     return [p for p in model.parameters() if id(p) not in inside]
 
 
@@ -339,8 +330,8 @@ def update(stage, rows, several, watch, autocast):
         for p in trainable(stage.learning):
             p.grad = torch.empty_like(p)
     for i, model in enumerate(stage.learning):
-        for n, layer in enumerate(layers := layers_of(model)):
-            where = "first" if n == 0 else "last" if layer is layers[-1] else "middle"
+        for n, layer in enumerate(own := layers(model)):
+            where = "first" if n == 0 else "last" if layer is own[-1] else "middle"
             for p in trainable([layer]):
                 p.register_post_accumulate_grad_hook(partial(enter, watch, f"{i} {where}"))
     loss = stage.loss(rows)
@@ -437,8 +428,7 @@ class Counter:
         held = fixed["weights"] + fixed["moments"]
         if shards == 1:
             return held
-        whole = fixed["whole"]
-        return (held - whole + fixed["gradients"]) / shards + whole + fixed["gathered"]
+        return (held + fixed["gradients"]) / shards + fixed["gathered"]
 
     def updating(self, rows, several=False, shards=1):
         """The peak of an update, `rows` rows at once, in bytes."""
@@ -468,7 +458,7 @@ class Counter:
             answers, peak = self.rows(-(-stage.answers // shards), write, write, shards)
             peaks.append(peak)
         learning = (fixed["moments"] + fixed["gradients"]) / shards
-        weights = (fixed["weights"] - fixed["whole"]) / shards + fixed["whole"]
+        weights = fixed["weights"] / shards
         seconds = self.seconds(answers, shards)
         return Estimate(rows, most, weights, learning, max(peaks), seconds)
 
@@ -601,7 +591,7 @@ def table(course, shape, given, machine, shards=1):
         yield [name, rows, *(f"{x / 1e9:.1f}" for x in sizes), f"{found.seconds:.3g}", fits or "-"]
 
 
-def sentences(name, shape, cfg, machine, shards=1):
+def sentences(name, shape, cfg, machine):
     """What stands above the table, and what below."""
     count = sum(p.numel() for p in causal(shape, cfg).parameters())
     room = "" if machine.room is None else f" ({machine.room / 1e9:.0f} GB)"

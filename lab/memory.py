@@ -13,7 +13,7 @@ import psutil
 
 from lab import processes
 from lab.errors import out_of_memory
-from lab.sharding import is_sharded
+from lab.sharding import here, is_sharded
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
 LARGE = 2**27  # bytes of weights from which an update is so slow that `trim` costs little
@@ -102,20 +102,17 @@ def room(limit, models, learning=()):
     import torch
 
     device = next(models[0].parameters()).device
-    coming = 3 * sum(held(p) for m in learning for p in m.parameters() if p.requires_grad)
-    there = OVERHEAD + sum(held(p) for m in models for p in m.parameters())
-    there += max(sum(p.nbytes - held(p) for p in m.parameters()) for m in models)  # to generate
+    coming = 3 * sum(here(p).nbytes for m in learning for p in m.parameters() if p.requires_grad)
+    there = OVERHEAD + sum(here(p).nbytes for m in models for p in m.parameters())
+    there += max(
+        sum(p.nbytes - here(p).nbytes for p in m.parameters()) for m in models
+    )  # to generate
     left = limit * 1e9 - there if limit else SHARE * free(device)
     if device.type == "cpu":
         left = left if limit else left / processes.on_this_machine()
         busy = BUSY * max(2, torch.get_num_threads())
         left = min(left, max(LAPTOP - there, busy + coming))
     return left - coming
-
-
-def held(parameter):
-    """Returns the bytes of a parameter that this process holds: a part, if it is sharded."""
-    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,11 +8,6 @@ from lab import CourseError, sharding
 from lab.agreement import agree
 
 
-def unwrapped(model):
-    """Returns the model inside a PEFT wrapper; its layers still contain the adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def arguments(model):
     """Returns the parameters of the model's forward.
 

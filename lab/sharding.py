@@ -43,8 +43,8 @@ def mesh_of(kind):
     return init_device_mesh(kind, (processes.joined(),))
 
 
-def base_of(model):
-    """The model inside a PEFT wrapper."""
+def unwrapped(model):
+    """The model inside a PEFT wrapper; its layers still contain the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -61,7 +61,7 @@ def roots(model):
 
     They hold what no layer holds: the embeddings, and a head that is tied to them.
     """
-    base = base_of(model)
+    base = unwrapped(model)
     return [base.base_model, base.score] if hasattr(base, "score") else [base]
 
 
@@ -94,7 +94,7 @@ def in_step(model):
     Before it, an error of one process is raised in all of them. An error in the middle of a pass
     cannot be told to the others: this process stops, and with it the training.
     """
-    if not is_sharded(model) or vars(base_of(model)).get("is_whole"):
+    if not is_sharded(model) or vars(unwrapped(model)).get("is_whole"):
         yield
         return
     from torch import is_grad_enabled
@@ -134,7 +134,7 @@ def whole(model):
 
     from lab.plain_path import forward
 
-    base, cached = base_of(model), torch.is_autocast_cache_enabled()
+    base, cached = unwrapped(model), torch.is_autocast_cache_enabled()
     for part in parts_of(model):
         part.set_reshard_after_forward(False, recurse=False)
     try:

@@ -216,12 +216,14 @@ def test_the_measurements_of_make_gpu(tmp_path, monkeypatch):
     assert "| small" in report.text and (tmp_path / "gpu.json").exists()
 
 
-def test_a_model_needs_as_many_flops_as_the_other_benchmarks_count():
-    config = common.opt_config("tiny")
-    model = gpu.model_of(gpu.AutoModelForCausalLM, config, torch.device("cpu"))
-    rows = [(12, 5), (40, 30)]
-    assert gpu.forward_flops(model, rows) == common.forward_flops(config, rows)
-    assert gpu.forward_flops(model, rows, False) == common.forward_flops(config, rows, False)
+@pytest.mark.parametrize("shape", gpu.SHAPES)
+def test_the_benchmarks_count_the_matrices_of_a_layer(shape):
+    config = gpu.SHAPES[shape]()
+    config.num_hidden_layers = 1
+    model = gpu.model_of(gpu.AutoModelForCausalLM, config, "meta")
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    found = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
+    assert common.layer_weights(config) == found
 
 
 def test_make_gpu_says_so_without_a_gpu(monkeypatch, capsys):

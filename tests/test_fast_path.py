@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import util
-from lab import agreement, decoding, fast_path, matmul, plain_path
+from lab import agreement, decoding, fast_path, matmul, plain_path, sharding
 
 PAD, EOS, VOCABULARY = 0, 1, 61
 IDS = dict(vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS)
@@ -109,7 +109,7 @@ def watched(kind, when=lambda module: True):
 
 
 def layers_of(model):
-    body = plain_path.unwrapped(model).base_model
+    body = sharding.unwrapped(model).base_model
     return getattr(body, "h", None) or getattr(body, "decoder", body).layers
 
 
