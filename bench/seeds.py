@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pandas as pd  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 import util  # noqa: E402
 from lab import report, world  # noqa: E402
@@ -85,6 +86,8 @@ def main():
     )
     parser.add_argument("--out", type=Path, help="write all figures to this file as JSON")
     args = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     rows = list(world.rows(world.World(), args.split, 1_000))
     parameters = dict(pair.split("=", 1) for pair in args.set)
     runs = []
