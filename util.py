@@ -564,8 +564,8 @@ def detached(stats):
 def open_stage(cfg, name, inputs=(), code=None, pairs=False):
     """The folder that a training fills. It appears as model/<name> when it is complete.
 
-    `code` identifies your own functions, so that a resumed run never continues with other ones.
-    `pairs` says that the stage reads `preference_rows`.
+    `code` identifies your own functions, and `pairs` are the pairs to learn from (True: those of
+    `preference_rows`), so that a resumed run never continues with other ones.
     """
     torch.manual_seed(cfg.seed)  # for models with dropout
     data = splits.data_digests(cfg, name)
@@ -573,6 +573,7 @@ def open_stage(cfg, name, inputs=(), code=None, pairs=False):
         data[label.FILE] = digest(label.path_of(cfg.root))
     config, minutes = asdict(cfg) | (code or {}), cfg.checkpoint_minutes
     how = {"resume": cfg.resume, "resume_changed": cfg.resume_changed, "minutes": minutes}
+    how["pairs"] = pairs if isinstance(pairs, list) else ()
     return Stage(cfg.root, name, config, inputs, data, tracker=cfg.tracker, **how)
 
 
@@ -780,8 +781,11 @@ def train_critic(cfg, rows=None):
     The watchdog learns beside them from a share of the pairs that they never see. `rows` are all
     pairs; without them it calls `preference_rows(cfg)`.
     """
-    with open_stage(cfg, "critic", inputs=["actor"], pairs=True) as stage:
-        rows = rows or preference_rows(cfg, stage.say)
+    told = []
+    rows = rows or preference_rows(cfg, told.append)
+    with open_stage(cfg, "critic", inputs=["actor"], pairs=rows) as stage:
+        for sentence in told:
+            stage.say(sentence)
         rows, kept = splits.apart(cfg, rows, stage.say)
         tokenizer = load_tokenizer(artifact(cfg.root, "actor"), cfg)
         members = [critic_from_actor(cfg, i) for i in range(cfg.ensemble)]
@@ -1135,28 +1139,42 @@ def ppo_advantages(rollout, cfg):
 
 
 def ppo_minibatch_loss(crew, rollout, cfg, rows):
-    """PPO's loss for some rows of a rollout: policy, values, entropy. Returns the mean loss, how
-    many tokens or answers it is a mean of, and stats."""
+    """PPO's loss of the policy for some rows of a rollout. Returns the mean loss, how many tokens
+    or answers it is a mean of, and stats."""
     tokens, old = rollout.minibatch(rows, crew.policy.device)
     mask, unit = tokens[3], cfg.loss_mean
     logprobs, entropy = response_logprobs(crew.policy, *tokens, temperature=cfg.temperature)
-    policy_loss, stats = ppo_policy_loss(
+    loss, stats = ppo_policy_loss(
         logprobs, old["logprobs"], old["advantages"], mask, clip_ratio=cfg.clip_ratio, unit=unit
     )
-    values = answer_values(crew.value_model, *tokens)
-    value_loss, value_stats = ppo_value_loss(
-        values, old["values"], old["returns"], mask, value_clip=cfg.value_clip, unit=unit
-    )
     entropy = mean_over(entropy, mask, unit)
-    loss = policy_loss + cfg.value_coef * value_loss
+    stats |= {"policy_loss": loss, "entropy": entropy}
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * entropy
     if cfg.kl_in == "loss":
         ref_logprobs, estimator = old["ref_logprobs"], cfg.kl_estimator
         kl = kl_loss(logprobs, ref_logprobs, mask, estimator=estimator, unit=unit)
         loss, stats = loss + rollout.kl_coef * kl, stats | {"kl_in_loss": kl}
-    stats |= value_stats | {"value_loss": value_loss, "entropy": entropy}
-    return loss, count_of(mask, unit), detached(stats | {"policy_loss": policy_loss})
+    return loss, count_of(mask, unit), detached(stats)
+
+
+def value_minibatch_loss(crew, rollout, cfg, rows):
+    """The loss of the value model for the same rows."""
+    tokens, old = rollout.minibatch(rows, crew.value_model.device)
+    mask, unit = tokens[3], cfg.loss_mean
+    values = answer_values(crew.value_model, *tokens)
+    loss, stats = ppo_value_loss(
+        values, old["values"], old["returns"], mask, value_clip=cfg.value_clip, unit=unit
+    )
+    stats = detached(stats | {"value_loss": loss})
+    return cfg.value_coef * loss, count_of(mask, unit), stats
+
+
+def losses_of(crew, rollout, cfg, minibatch_loss):
+    """The losses of an update, one for each model that learns. The models share no weights, so the
+    optimiser makes one backward pass after the other: it then holds one graph at a time."""
+    each = [minibatch_loss] + [value_minibatch_loss] * (crew.value_model is not None)
+    return [partial(loss, crew, rollout, cfg) for loss in each]
 
 
 def count_of(mask, unit):
@@ -1187,11 +1205,11 @@ def rlhf_loop(crew, cfg, stage, minibatch_loss):
         # 3. Update: a few epochs over the rollout, in minibatches
         middle, updates = time.perf_counter(), []
         optimiser.length = rollout.lengths().__getitem__
-        loss_of = partial(minibatch_loss, crew, rollout, cfg)
+        losses = losses_of(crew, rollout, cfg, minibatch_loss)
         per_step = cfg.ppo_epochs * math.ceil(len(batch) / cfg.minibatch)
         for epoch in range(cfg.ppo_epochs):
             for rows in batches(len(batch), cfg.minibatch, rng_for(cfg, "minibatch", step, epoch)):
-                stats = optimiser.step(rows, loss_of, step + len(updates) / per_step)
+                stats = optimiser.step(rows, losses, step + len(updates) / per_step)
                 if not updates:  # nothing has changed yet: the ratio must be 1
                     checks.check_ratios(rollout, stats, models.precision(cfg), optimiser)
                 updates.append(stats)

@@ -158,10 +158,8 @@ def train(cfg, stage, tokenizer, shape):
         if cfg.algorithm == "ppo":
             crew.value_model = learner(AutoModelForScores, **scorer)
             learning.append(crew.value_model)
-        batch, rollout = range(cfg.minibatch), sampled(cfg, vocabulary)
-
-        def loss_of(batch):
-            return util.LOSSES[cfg.algorithm](crew, rollout, cfg, list(batch))
+        batch, rollout = list(range(cfg.minibatch)), sampled(cfg, vocabulary)
+        loss_of = util.losses_of(crew, rollout, cfg, util.LOSSES[cfg.algorithm])
 
     rates = [(model, 1e-4) for model in learning]
     optimiser = util.Optimiser(cfg, rates, 2, batch=len(batch), frozen=frozen)

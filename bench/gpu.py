@@ -15,7 +15,6 @@ of 4 bits need peft and bitsandbytes; without them they are skipped, with a line
 import argparse
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,10 +104,10 @@ def iteration(crew, cfg, prompts, optimiser):
 
     def update():
         optimiser.length = made[0].lengths().__getitem__
-        loss_of = partial(util.ppo_minibatch_loss, crew, made[0], cfg)
+        losses = util.losses_of(crew, made[0], cfg, util.ppo_minibatch_loss)
         for epoch in range(cfg.ppo_epochs):
             for rows in util.batches(len(prompts), cfg.minibatch, util.rng_for(cfg, "y", epoch)):
-                optimiser.step(rows, loss_of, 0)
+                optimiser.step(rows, losses, 0)
 
     answering, updating = fits.seconds(answer, device), fits.seconds(update, device)
     generating = made[0].seconds["generate"]

@@ -102,6 +102,10 @@ def add_notebooks(commands):
             action="store_true",
             help="under torchrun: print the metrics of every step, and an error, as lines of JSON",
         )
+        if name == "critic":
+            command.add_argument(
+                "--rows", metavar="FILE", help="under torchrun: the pairs to learn from, as JSON"
+            )
 
 
 def add_lesson(commands):
@@ -403,9 +407,9 @@ def execute(notebook, given, root):
 
 
 @plain_errors
-def run_together(stage, given, root, as_json):
+def run_together(stage, given, root, as_json, rows=None):
     """Runs the training of a stage in all processes that a launcher has started. 4_test does not
-    train: the first process runs its notebook."""
+    train: the first process runs its notebook. `rows` is a file of pairs for 2_critic."""
     import util
 
     if stage == "test":
@@ -419,9 +423,10 @@ def run_together(stage, given, root, as_json):
     own = {f.name for f in read_by(stage)}
     given = {name: value for name, value in given.items() if name in own} | {"root": str(root)}
     cfg = util.Config(**given) if stage == "download" else util.Config.of(**given)
+    more = {"rows": json.loads(Path(rows).read_text(encoding="utf-8"))} if rows else {}
     quiet = as_json or not processes.first()
     with nullcontext() if quiet else Progress(root / "model", STAGES[stage][0]):
-        for metrics in train[stage](cfg):
+        for metrics in train[stage](cfg, **more):
             if as_json and processes.first():
                 print(json.dumps(metrics), flush=True)
 
@@ -796,7 +801,7 @@ def run(args):
     processes.start(given.get("device", "auto"))
     for stage in STAGES if args.command == "course" else [args.command]:
         if processes.joined() > 1:
-            run_together(stage, given, root, args.json)
+            run_together(stage, given, root, args.json, getattr(args, "rows", None))
         else:
             run_notebook(stage, given, root)
     folder = root / "model" / "report"

@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peaks, self.phase, self.flops, self.known = 0, {}, "forward", 0, set()
+        self.now, self.peaks, self.phase, self.flops, self.known = 0, {}, "0 forward", 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -104,6 +104,10 @@ class Autocast:
         if id(x) not in self.copies:
             self.copies[id(x)] = x.to(self.dtype)
         return self.copies[id(x)]
+
+    def enter(self):
+        """A forward pass begins."""
+        self.copies = {}
 
     def leave(self):
         """The forward pass is over. What the backward pass recomputes is not kept for later."""

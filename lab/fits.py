@@ -182,7 +182,7 @@ class Stage:
     batch: int  # rows of an update
     learning: list  # models that learn
     frozen: list  # models that only read
-    loss: object = None  # loss(number of rows) -> tensor
+    losses: list = ()  # one for each backward pass: loss(number of rows) -> tensor
     resting: list = ()  # models that learn, but not in this update
     updates: float = 0  # updates of `batch` rows in a step
     writes: object = None  # the model that generates, if there is one
@@ -196,7 +196,7 @@ def actor(course, cfg, shape):
     def loss(count):
         return course.sft_loss(model, None, cfg, rows_of(count))[0]
 
-    return Stage(cfg.actor_batch, [model], [], loss, updates=1)
+    return Stage(cfg.actor_batch, [model], [], [loss], updates=1)
 
 
 def critic(course, cfg, shape):
@@ -210,7 +210,7 @@ def critic(course, cfg, shape):
         pairs = [[row] * cfg.ensemble for row in rows_of(count)]
         return course.critic_loss(members, None, cfg, pairs)[0]
 
-    return Stage(cfg.critic_batch, members, [], loss, resting, updates=1)
+    return Stage(cfg.critic_batch, members, [], [loss], resting, updates=1)
 
 
 def rewards(course, cfg, shape):
@@ -237,16 +237,13 @@ def rlhf(course, cfg, shape):
     crew = crew_of(course, cfg, shape, values=cfg.algorithm == "ppo")
     one, critics = Rollout(cfg), rewards(course, cfg, shape)
     every = torch.randperm(cfg.rollout, generator=torch.Generator().manual_seed(0)).tolist()
-    minibatch_loss = course.LOSSES[cfg.algorithm]
-
-    def loss(count):
-        return minibatch_loss(crew, one, cfg, every[:count])[0]
-
+    losses = course.losses_of(crew, one, cfg, course.LOSSES[cfg.algorithm])
+    losses = [lambda count, loss=loss: loss(every[:count])[0] for loss in losses]
     learning = [model for model in (crew.policy, crew.value_model) if model is not None]
     readers = [crew.policy] * (models.precision(cfg) != "float32")  # see make_rollout
     readers += [*filter(None, [crew.reference or crew.policy, crew.value_model]), *critics]
     return Stage(
-        cfg.minibatch, learning, [*filter(None, [crew.reference]), *critics], loss,
+        cfg.minibatch, learning, [*filter(None, [crew.reference]), *critics], losses,
         writes=crew.policy, answers=cfg.rollout, scores=readers,
         updates=cfg.ppo_epochs * cfg.rollout / cfg.minibatch,
     )  # fmt: skip
@@ -261,7 +258,7 @@ def dpo(course, cfg, shape):
         return loss + cfg.dpo_nll * pairs[2]
 
     frozen = [*filter(None, [crew.reference])]
-    return Stage(cfg.dpo_batch, [crew.policy], frozen, loss, updates=1)
+    return Stage(cfg.dpo_batch, [crew.policy], frozen, [loss], updates=1)
 
 
 def test(course, cfg, shape):
@@ -334,9 +331,13 @@ def update(stage, rows, several, watch, autocast):
             where = "first" if n == 0 else "last" if layer is own[-1] else "middle"
             for p in trainable([layer]):
                 p.register_post_accumulate_grad_hook(partial(enter, watch, f"{i} {where}"))
-    loss = stage.loss(rows)
-    autocast.leave()
-    loss.backward()
+    for i, loss_of in enumerate(stage.losses):
+        watch.phase = f"{i} forward"
+        autocast.enter()
+        loss = loss_of(rows)
+        autocast.leave()
+        loss.backward()
+        del loss
     return {f"peak {phase}": x for phase, x in watch.peaks.items()} | {"flops": watch.flops}
 
 
@@ -435,7 +436,7 @@ class Counter:
         found = self.count("update", rows, several and shards == 1)
         names = [name for name in found if name.startswith("peak")]
         if shards > 1:  # before a layer has gradients
-            names = ["peak forward"]
+            names = ["peak 0 forward"]
         return self.held(shards) + max(found[name] for name in names) + memory.OVERHEAD
 
     def writing(self, rows, shards=1):
@@ -448,7 +449,7 @@ class Counter:
         stage, fixed = self.stage, self.count("weights")
         most, given = -(-stage.batch // shards), min(self.cfg.micro_batch, stage.batch)
         peaks, rows, answers = [self.held(shards) + memory.OVERHEAD], given or most, 0
-        if stage.loss:
+        if stage.losses:
             whole = partial(self.updating, several=rows < most, shards=shards)
             piece = partial(self.updating, several=True, shards=shards)
             rows, peak = self.rows(rows, whole, piece, shards, given)
@@ -499,7 +500,7 @@ class Counter:
         stage, machine, fixed = self.stage, self.machine, self.count("weights")
         rate, answers = machine.flops * USED, stage.answers / shards  # of this process
         work, streams = fixed["scoring"] * answers, 0
-        if stage.loss:
+        if stage.losses:
             rows = stage.batch * stage.updates / shards
             work += rows * self.per_row("update", "flops")
         if stage.writes is not None:

@@ -6,6 +6,7 @@ with little memory, with fp16, and across interruptions.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -23,6 +24,11 @@ def text_length(row):
 def chunks(rows, size):
     """A list, a tensor or a range, cut into slices of `size`."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def listed(loss_of):
+    """A loss function, or several, as a list."""
+    return loss_of if isinstance(loss_of, list) else [loss_of]
 
 
 def numbers(stats):
@@ -65,7 +71,9 @@ class Optimiser:
         """One update from the loss of `rows`, after `progress` steps.
 
         `loss_of(rows)` returns a mean loss, the number of tokens or rows in that mean, and stats.
-        Several processes share the rows, and all of them make the same update.
+        A list has one such function for each model that learns; their backward passes follow each
+        other, and all of them count the same tokens. Several processes share the rows, and all of
+        them make the same update.
         """
         if "scaler" in self.state:  # of fp16, as it was after the last step
             self.scaler.load_state_dict(self.state["scaler"])
@@ -115,14 +123,18 @@ class Optimiser:
             pieces = list(sharding.pieces(rows, size, spare))
         alone = len(pieces) == 1 and processes.joined() == 1
         for piece, real in pieces:
-            with matmul.fast_matmul(self.models[0]):
-                with models.autocast(self.cfg, self.models[0]):
-                    loss, weight, stats = loss_of(piece)
-                weight = 1 if alone else weight * real
-                with sharding.in_step(self.models[0]):
-                    self.scaler.scale(loss * weight).backward()
+            total, told = 0, {}
+            for loss_of_one in listed(loss_of):
+                with matmul.fast_matmul(self.models[0]):
+                    with models.autocast(self.cfg, self.models[0]):
+                        loss, weight, stats = loss_of_one(piece)
+                    weight = 1 if alone else weight * real
+                    with sharding.in_step(self.models[0]):
+                        self.scaler.scale(loss * weight).backward()
+                total, told = total + loss.detach(), told | stats
+                del loss  # the next graph needs its memory
             if real:
-                parts.append((weight, stats | {"loss": loss.detach()}))
+                parts.append((weight, told | {"loss": total}))
         return parts
 
     def combine(self, shares):
@@ -217,7 +229,9 @@ class Optimiser:
             longer = any(processes.agreed(longer))
         if longer and not self.cfg.micro_batch:
             i, before = lengths.index(longest), self.state["micro_batch"]
-            found = memory.of_update(lambda: loss_of(rows[i : i + 1]), self.models)
+            row, needed = rows[i : i + 1], partial(memory.of_update, models=self.models)
+            found = [needed(partial(loss_of_one, row)) for loss_of_one in listed(loss_of)]
+            found = [max(column) for column in zip(*found)]  # one loss after the other
             size = memory.at_once(before, found[1], room - found[0])
             self.state |= {"longest": longest, "micro_batch": size}
             if size < before:

@@ -241,20 +241,22 @@ def spread(command):
             if cfg.num_processes == 1 or launched() > 1:
                 yield from train(cfg, *args, **functions)
                 return
+            rows = functions.pop("rows", args[0] if args and command == "critic" else None)
             if any(callable(function) for function in functions.values()):
                 raise CourseError(
                     f"num_processes = {cfg.num_processes} starts new processes, which find your "
                     "functions by name only: set reward or algorithm to module.function."
                 )
-            yield from launch(command, cfg)
+            yield from launch(command, cfg, rows)
 
         return steps
 
     return decorate
 
 
-def launch(command, cfg):
-    """Runs `python -m lab COMMAND` in cfg.num_processes processes; yields what they measure."""
+def launch(command, cfg, rows=None):
+    """Runs `python -m lab COMMAND` in cfg.num_processes processes; yields what they measure.
+    `rows` are pairs for 2_critic."""
     import torch
 
     told, values = "", asdict(cfg) | {"root": str(Path(cfg.root).resolve()), "num_processes": 1}
@@ -263,6 +265,10 @@ def launch(command, cfg):
         path.write_text(json.dumps(values), encoding="utf-8")
         torchrun = "torch.distributed.run", "--standalone", "--nproc-per-node", cfg.num_processes
         line = [sys.executable, "-m", *map(str, torchrun), "-m", "lab", command]
+        if rows:
+            pairs = Path(folder) / "pairs.json"
+            pairs.write_text(json.dumps(rows, default=str), encoding="utf-8")
+            line += ["--rows", str(pairs)]
         threads = str(max(1, torch.get_num_threads() // cfg.num_processes))
         child = subprocess.Popen(
             [*line, "--config", str(path), "--json"],

@@ -32,6 +32,12 @@ def digest(*paths):
     return total.hexdigest()
 
 
+def digest_of(rows):
+    """Returns one hash of the contents of all rows."""
+    text = json.dumps(rows, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def retry_if_replaced(read):
     """Decorates a function that reads an artifact: it reads again if a run has replaced the
     artifact in the meantime."""
@@ -198,12 +204,14 @@ class Stage:
         resume_changed=False,
         minutes=2.0,
         tracker="none",
+        pairs=(),
     ):
         self.root, self.name, self.config, self.minutes = Path(root), name, config, minutes
         self.inputs = {source: read_record(root, source)["id"] for source in inputs}
         for source in inputs:
             artifact(root, source)
         self.data = dict(data)  # {name: digest}
+        self.pairs = digest_of(pairs)
         self.target, self.old, lock = places(root, name)
         self.folder = self.target.with_name(f".{name}.partial")
         self.checkpoints = self.target.with_name(f".{name}.checkpoints")
@@ -262,7 +270,8 @@ class Stage:
     def plan(self):
         """Returns the parameters, inputs and data that must be unchanged to resume a run."""
         config = {k: v for k, v in self.config.items() if k not in MAY_CHANGE}
-        return {"parameter": config, "input": self.inputs, "file": self.data}
+        told = {"parameter": config, "input": self.inputs, "file": self.data}
+        return told | {"list of": {"pairs": self.pairs}}  # last: the others say more
 
     def last_checkpoint(self):
         """Returns the newest intact checkpoint of an interrupted run, or None.

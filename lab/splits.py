@@ -1,7 +1,6 @@
 """Splits the rows between the stages and orders them; the same seed gives the same result."""
 
 import hashlib
-import json
 import math
 import random
 import re
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from lab import CourseError, world
 from lab.data import check_no_overlap, parts_of, read_table, reading, repeated, sort_out
 from lab.rewards import named
-from lab.runs import digest, stamp
+from lab.runs import digest, digest_of, stamp
 from lab.tokens import encoder
 
 # A word, a sign, or one character of a script that does not separate words
@@ -268,8 +267,7 @@ def data_digests(cfg, stage):
         parts = parts_for(cfg, text)
         part = parts.get(wanted, parts["train"])
         if callable(part):
-            rows = json.dumps(table_of(cfg, text, part).rows, sort_keys=True)
-            found[text] = hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
+            found[text] = digest_of(table_of(cfg, text, part).rows)
         else:
             with reading(part[0]):
                 found[text or part[0].name] = digest(*part)

@@ -118,7 +118,7 @@ def resumed(place, values):
 
 def started(place, values):
     """What a training yields, where new processes would yield their number."""
-    place.patch.setattr(lab.processes, "launch", lambda command, cfg: iter([cfg.num_processes]))
+    place.patch.setattr(lab.processes, "launch", lambda _, cfg, rows: iter([cfg.num_processes]))
     train = util.train_base(config(place.new("base"), values))
     first = next(train)
     train.close()

@@ -250,7 +250,8 @@ def task(name, model, scorer, cfg):
     crew.value_model = crew.value_model if name == "ppo" else None
     rollout = rollout_of(crew, prompts, cfg.changed(kl_coef=0.05, algorithm=name), "rollout")
     learning = [crew.policy] + ([crew.value_model] if name == "ppo" else [])
-    return partial(util.LOSSES[name], crew, rollout, cfg), learning, list(range(len(prompts)))
+    losses = util.losses_of(crew, rollout, cfg, util.LOSSES[name])
+    return losses, learning, list(range(len(prompts)))
 
 
 @pytest.mark.parametrize("name", ["sft", "critic", "ppo", "grpo", "dpo"])

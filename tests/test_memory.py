@@ -1,5 +1,6 @@
 """The process keeps memory that it frees, and pieces of an update are as large as memory allows."""
 
+import copy
 import gc
 import json
 import shutil
@@ -160,6 +161,25 @@ def test_an_update_takes_as_many_rows_at_once_as_memory_allows(actor):
             assert torch.allclose(parameter.grad, one, rtol=1e-4, atol=1e-6)
         assert ("too little" in " ".join(said)) == (share == 0.01)
     assert sizes[4] == 8 > sizes[0.9] > sizes[0.5] >= sizes[0.01] == 1
+
+
+def test_two_models_that_learn_need_the_memory_of_one_graph(actor):
+    model, cfg, loss_of, _ = actor
+    weights = sum(p.nbytes for p in model.parameters())
+    once, row = memory.of_update(lambda: loss_of(ROWS[5:6]), [model])  # the longest row
+    limit = limit_for(once + 8.5 * row + 4 * weights, model)
+    other, ready = copy.deepcopy(model), []
+
+    def later(rows):
+        if len(rows) > 1:
+            ready.append([p.grad is not None for p in model.parameters()])
+        return loss_of(rows)
+
+    rates = [(model, 1e-3), (other, 1e-3)]
+    optimiser = util.Optimiser(cfg.changed(memory=limit), rates, 10, batch=8)
+    assert optimiser.update_size(ROWS, [loss_of, later]) == 8
+    optimiser.step(ROWS, [loss_of, later], 0)
+    assert ready and all(map(all, ready)), "the first graph is used up before the second begins"
 
 
 def test_measuring_leaves_no_trace(actor):

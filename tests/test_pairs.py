@@ -100,6 +100,18 @@ def test_given_pairs_are_those_that_are_learned(root):
     assert len(list(util.train_critic(cfg, rows))) == 2, "nine pairs in batches of eight"
 
 
+def test_a_resumed_run_notices_other_pairs(root):
+    cfg = config(root, checkpoint_minutes=0)
+    answers = {"chosen": "yes", "rejected": "no"}
+    rows = [{"prompt": f"Human: {i}? Assistant:"} | answers for i in range(40)]
+    run = util.train_critic(cfg, rows)
+    next(run), next(run), next(run)
+    run.close()
+    with pytest.raises(CourseError, match="interrupted at step 2, and the list of pairs has chan"):
+        next(util.train_critic(cfg, rows[:-1]))
+    assert next(util.train_critic(cfg, rows))["step"] == 1, "the steps of before come first"
+
+
 def test_a_labeller_without_a_preference_is_an_error(root):
     with pytest.raises(CourseError, match="picky.*same number to both"):
         util.preference_rows(config(root, labeller="test_pairs.picky"))

@@ -233,10 +233,11 @@ def test_more_processes_than_rows(place):
 # Starting
 
 
-def test_a_notebook_starts_several_processes(place):
-    alone = train(place, "actor")
-    found = list(util.train_actor(config(place, num_processes=2)))
-    assert read_record(place, "actor")["processes"] == 2
+def test_a_notebook_starts_several_processes_with_its_own_pairs(place):
+    cfg = config(place, critic_batch=8)
+    rows = util.preference_rows(cfg)[:30]
+    alone, found = (list(util.train_critic(c, rows)) for c in (cfg, cfg.changed(num_processes=2)))
+    assert read_record(place, "critic")["processes"] == 2
     assert [line["loss"] for line in found] == pytest.approx(
         [line["loss"] for line in alone], abs=1e-4
     )

@@ -3,6 +3,7 @@
 import copy
 import errno
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -119,7 +120,7 @@ def ragged(rollout, cfg):
 
 
 def losses(crew, cfg, name, monkeypatch):
-    """(models, rows, loss_of) for one loss of the course."""
+    """(models, rows, loss or losses) of one method of the course."""
     if name == "sft":
 
         def sft(rows):
@@ -137,12 +138,11 @@ def losses(crew, cfg, name, monkeypatch):
         rows, loss_of = loss_of_pairs(crew, cfg, monkeypatch)
         return [crew.policy], rows, loss_of
     rollout = ragged(roll(crew, cfg), cfg)
-
-    def answers(rows):
-        return util.LOSSES[name](crew, rollout, cfg, rows)
-
-    models = [crew.policy] + ([crew.value_model] if name == "ppo" else [])
-    return models, list(range(len(ROWS))), answers
+    values = crew.value_model if name == "ppo" else None
+    learners = [model for model in (crew.policy, values) if model is not None]
+    crew = replace(crew, value_model=values)
+    losses = util.losses_of(crew, rollout, cfg, util.LOSSES[name])
+    return learners, list(range(len(ROWS))), losses
 
 
 CUTS = [("sft", "token"), ("critic", "token")]
