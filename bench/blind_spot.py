@@ -264,7 +264,7 @@ def picture(runs):
         said = ", ".join(f"{mean:.2f} from {count:,}" for count, mean, *_ in points)
         told.append(f"{label}: {said}")
     ax.axhline(0.5, color=report.INK, linestyle="--", linewidth=1)
-    ax.text(ax.get_xlim()[1], 0.505, "guessing", ha="right", va="bottom", fontsize=9)
+    ax.text(ax.get_xlim()[1], 0.455, "guessing", ha="right", va="top", fontsize=9)
     ax.set(xscale="log", ylim=(0.4, 1.02), xlabel="pairs of the crowd")
     ax.set_ylabel("right on one-word errors")
     counts = sorted({run["from"] for run in having(runs, what="critic")})
