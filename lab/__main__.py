@@ -383,10 +383,15 @@ def run_notebook(stage, given, root):
     """Runs the notebook of a stage under a line that tells how far it is."""
     own = {f.name for f in read_by(stage)}
     given = {name: value for name, value in given.items() if name in own}
+    with progress(stage, root):
+        execute(NOTEBOOKS[STAGES[stage][0]], given, root)
+
+
+def progress(stage, root):
+    """The line that tells how far the training of a stage is."""
     folder = STAGES[stage][0]
     metrics = root / "model" / f".{folder}.partial" / "metrics.jsonl"
-    with Progress(NOTEBOOKS[folder], metrics, root / "model" / folder / "stage.json"):
-        execute(NOTEBOOKS[folder], given, root)
+    return Progress(NOTEBOOKS[folder], metrics, root / "model" / folder / "stage.json")
 
 
 def execute(notebook, given, root):
@@ -425,10 +430,19 @@ def run_together(stage, given, root, as_json, rows=None):
     cfg = util.Config(**given) if stage == "download" else util.Config.of(**given)
     more = {"rows": json.loads(Path(rows).read_text(encoding="utf-8"))} if rows else {}
     quiet = as_json or not processes.first()
-    with nullcontext() if quiet else Progress(root / "model", STAGES[stage][0]):
+    quiet_transformers()
+    with nullcontext() if quiet else progress(stage, root):
         for metrics in train[stage](cfg, **more):
             if as_json and processes.first():
                 print(json.dumps(metrics), flush=True)
+
+
+def quiet_transformers():
+    """Loading and saving a model prints no progress bars and no reports."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def run_alone(stage, given, root):
@@ -617,7 +631,6 @@ def show_fits(args):
 @plain_errors
 def chat(args):
     """Loads a model and talks in the terminal."""
-    from transformers.utils import logging as transformers_logging
 
     import util
     from lab import safety
@@ -629,8 +642,7 @@ def chat(args):
     check = safety.load(args.safety)
     given, root = parameters(args)
     cfg = util.Config.of(**given | {"root": str(root)})
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     tokenizer, model = util.load_pair(cfg, args.stage)
     reply = partial(answer_ids, cfg, tokenizer, model, args.temperature)
     talk(args.stage, reply, tokenizer, stops_of(model, tokenizer), check)
@@ -656,7 +668,6 @@ def answer_ids(cfg, tokenizer, model, temperature, row, number):
 @plain_errors
 def evaluate_models(args):
     """Prints what is measured of some models, and how the others differ from the first."""
-    from transformers.utils import logging as transformers_logging
 
     import util
     from lab import report, runs
@@ -664,8 +675,7 @@ def evaluate_models(args):
 
     given, root = parameters(args)
     cfg = util.Config.of(**given | {"root": str(root)})
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     rows = util.splits.rows_of(cfg, args.prompts) if args.prompts else util.load_eval_rows(cfg)
     names, trained = list(dict.fromkeys(args.models)), runs.has_record(root, "critic")
     rewards = (util.load_reward(cfg), util.load_watchdog(cfg)) if trained else (None, None)
@@ -702,7 +712,6 @@ def table_lines(table):
 @plain_errors
 def label_pairs(args):
     """Asks in the terminal which of two answers is better, or lets a function decide."""
-    from transformers.utils import logging as transformers_logging
 
     import util
     from lab import label
@@ -711,8 +720,7 @@ def label_pairs(args):
         raise CourseError("--count must be at least 1, and --noise must lie between 0 and 1.")
     given, root = parameters(args)
     cfg = util.Config.of(**given | {"root": str(root)})
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     find = label.pairs_of_report if args.report else util.pairs_to_ask
     file = label.TEST_FILE if args.report else label.FILE
     if args.labeller:

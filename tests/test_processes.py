@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -241,6 +243,18 @@ def test_a_notebook_starts_several_processes_with_its_own_pairs(place):
     assert [line["loss"] for line in found] == pytest.approx(
         [line["loss"] for line in alone], abs=1e-4
     )
+
+
+def test_the_command_of_the_readme_trains_the_whole_course(tmp_path):
+    (tmp_path / "dataset").symlink_to(processes.HOME / "dataset")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["-m", "lab", "course", "--set", "preset=smoke", "--set", "device=cpu"]
+    line += ["--set", f"root={tmp_path}"]
+    done = subprocess.run(line, cwd=processes.HOME, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_record(tmp_path, "rlhf")["processes"] == 2
+    assert re.search(r"3_rlhf +2/2 steps", done.stdout) and "held-out questions" in done.stdout
+    assert "Loading weights" not in done.stderr
 
 
 @pytest.mark.slow
