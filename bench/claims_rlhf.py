@@ -104,17 +104,32 @@ def groups_of_two(course):
     return pairs - fours
 
 
-@claim("3_rlhf", "k1 of a token varies at least 1.3 times as much as k3", 1.3, 100.0)
-def noise_of_k1(course):
-    """Standard deviations of both estimators between the trained policy and the actor."""
+@cache
+def estimates(course):
+    """k1 and k3 of each token between the trained policy and the actor."""
     cfg = course.cfg
     tokenizer, policy = util.load_pair(cfg, "rlhf")
     _, actor = util.load_pair(cfg, "actor")
-    prompts = [row["prompt"] for row in util.load_rows(cfg, "prompt")[:200]]
+    prompts = [row["prompt"] for row in util.load_rows(cfg, "prompt")]
     crew = util.Crew(tokenizer, policy, actor, lambda prompts, responses: [0.0] * len(prompts))
     rollout = util.make_rollout(crew, prompts, cfg, util.rng_for(cfg, "claims"))
-    k1, k3 = (
-        util.kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=k)[rollout.mask].std()
-        for k in ("k1", "k3")
-    )
-    return (k1 / k3).item()
+    logprobs = rollout.logprobs, rollout.ref_logprobs
+    return [util.kl_estimate(*logprobs, estimator=k)[rollout.mask] for k in ("k1", "k3")]
+
+
+@claim("3_rlhf", "the bound of 99 % of all |k1| divided by that of k3", 1.5, 4.0)
+def bound_of_k1(course):
+    k1, k3 = estimates(course)
+    return (k1.abs().quantile(0.99) / k3.quantile(0.99)).item()
+
+
+@claim("3_rlhf", "the standard deviation of k3 divided by that of k1", 2.0, 100.0)
+def spread_of_k3(course):
+    k1, k3 = estimates(course)
+    return (k3.std() / k1.std()).item()
+
+
+@claim("3_rlhf", "the share of the largest thousandth of all k3 in their sum", 0.3, 0.9)
+def largest_k3(course):
+    k3 = estimates(course)[1].sort().values
+    return (k3[-(len(k3) // 1000) :].sum() / k3.sum()).item()
