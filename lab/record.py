@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import nbformat
 import pandas as pd
@@ -110,7 +110,7 @@ def algorithms(runs, words, chosen=None):
         if own:
             sampled = ", ".join(f"{run['judge']:.3f}" for run in own)
             greedy = ", ".join(f"{run['greedy']:.3f}" for run in own if "greedy" in run) or "-"
-            spent = mean(run["seconds"] for run in own)
+            spent = median(run["seconds"] for run in own)
             seconds = f"{spent:.0f}" if spent else "-"
             rows.append([name, sampled, greedy, f"{mean(run['KL'] for run in own):.2f}", seconds])
     return table(["", "judge, sampled", "judge, greedy", "KL (nats)", "seconds"], rows, words)
