@@ -138,8 +138,8 @@ def finished(stage):
     except CourseError:
         return False
     config = {name: x for name, x in record["config"].items() if name not in MAY_CHANGE}
-    plan = stage.plan()
-    return [config, record["inputs"], record["data"]] == [*plan.values()]
+    plan = [stage.plan()[kind] for kind in ("parameter", "input", "file")]
+    return [config, record["inputs"], record["data"]] == plan
 
 
 # --------------------------------------------------------------------------------------------------
