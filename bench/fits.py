@@ -61,9 +61,10 @@ CASES = {  # name: (shape, stage, parameters)
         LLAMA, "3_rlhf DPO", dict(dpo_batch=4, lora_rank=16, gradient_checkpointing=True),
     ),
 }  # fmt: skip
+CPU = fits.Machine("CPU", None, 1e12, 1e10, "float32", gpu=False)
 NARROW = dict(hidden_size=32, intermediate_size=64, word_embed_proj_dim=32, ffn_dim=64)
 NARROW |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-LENGTHS = dict(max_prompt=48, max_new_tokens=32, watchdog=0, device="cpu", micro_batch=0)
+LENGTHS = dict(max_prompt=48, max_new_tokens=32, watchdog=0, micro_batch=0)
 MODELS = "opt-125m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"
 ROOMS = 16, 24, 80  # GB
 SHORT = {
@@ -73,20 +74,19 @@ SHORT = {
     "lora_rank=16, gradient_checkpointing=True": "LoRA + checkpointing",
     "lora_rank=16, gradient_checkpointing=True, load_in_4bit=True": "4 bit",
 }
-CPU = fits.Machine("CPU", None, 1e12, 1e10, "float32", gpu=False)
 
 
-def config_of(case):
+def config_of(case, device="cpu"):
     _, stage, given = CASES[case]
-    given = LENGTHS | given | {"micro_batch": given.get("micro_batch", 64)}
+    given = LENGTHS | given | {"micro_batch": given.get("micro_batch", 64), "device": str(device)}
     return fits.config_of(util, given, fits.STAGES[stage][1])
 
 
-def estimated(case):
+def estimated(case, machine=CPU):
     """The estimate in MB, without what Python and the kernels need."""
     shape, stage, _ = CASES[case]
     shape = AutoConfig.for_model(**shape)
-    counter = fits.Counter(util, fits.STAGES[stage][0], config_of(case), shape, CPU)
+    counter = fits.Counter(util, fits.STAGES[stage][0], config_of(case), shape, machine)
     counter.stage.writes = None  # updates only
     return (counter.estimate().peak - memory.OVERHEAD) / 1e6
 
@@ -109,11 +109,23 @@ def measured(case):
     return {"allocated": max(accumulate(changes)) / 1e6, "resident": peak.increase_mb}
 
 
+def measured_on_gpu(case, device):
+    """The peak of all tensors in MB."""
+    shape, stage, _ = CASES[case]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    tokenizer = common.number_tokenizer(shape["vocab_size"])
+    train(config_of(case, device), stage, tokenizer, shape)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
 def train(cfg, stage, tokenizer, shape):
     """Two updates of a stage with new models."""
 
     def built(kind, **more):
-        return kind.from_config(AutoConfig.for_model(**shape, **more), dtype=torch.float32).eval()
+        model = kind.from_config(AutoConfig.for_model(**shape, **more), dtype=torch.float32)
+        return model.eval().to(models.pick_device(cfg))
 
     def learner(kind, **more):
         return models.trainable(built(kind, **more), cfg, drop=False)
@@ -169,14 +181,15 @@ def train(cfg, stage, tokenizer, shape):
 
 def sampled(cfg, vocabulary):
     """A rollout of random tokens, as long as they may be."""
-    draw = torch.Generator().manual_seed(0)
+    draw, device = torch.Generator().manual_seed(0), models.pick_device(cfg)
     prompts = torch.randint(
         2, vocabulary, (cfg.rollout // cfg.answers, cfg.max_prompt), generator=draw
     )
     answers = torch.randint(2, vocabulary, (cfg.rollout, cfg.max_new_tokens), generator=draw)
-    prompts = prompts.repeat_interleave(cfg.answers, 0)
+    prompts = prompts.repeat_interleave(cfg.answers, 0).to(device)
+    answers = answers.to(device)
     tokens = prompts, torch.ones_like(prompts) > 0, answers, torch.ones_like(answers) > 0
-    zeros = torch.zeros(answers.shape)
+    zeros = torch.zeros(answers.shape, device=device)
     found = util.Rollout(
         [], [], tokens, zeros, zeros - 9, zeros - 9, zeros, zeros[:, 0], zeros[:, 0], cfg.kl_coef,
         {}, {}, None,

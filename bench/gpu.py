@@ -47,7 +47,8 @@ def seconds_of(function, device, rounds):
 
 def model_of(kind, config, device, seed=0):
     torch.manual_seed(seed)
-    return kind.from_config(config).to(device).eval()
+    with torch.device(device):
+        return kind.from_config(config).eval()
 
 
 def generation(config, cfg, device, batch, rounds):

@@ -1,10 +1,12 @@
 """Generation with a cache of keys and values: a fast decoder, and a plain one for any model.
 
 The fast decoder fuses the weights that are used together. It allocates the cache for all tokens at
-the start, instead of extending it token by token.
+the start, instead of extending it token by token. On a GPU it records the kernels of a token and
+then launches them all at once, because launching them one by one takes longer than running them.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,8 @@ class CachedDecoder:
     def __init__(self, model, decoder, room):
         self.decoder = replace(decoder, layers=[fused_layer(x) for x in decoder.layers])
         self.head, self.room = fused([model.lm_head]), max(room, 2)
+        plain = all(p.is_floating_point() for p in model.parameters())  # else kernels of others run
+        self.record = RECORDERS.get(model.device.type) if plain else None
 
     def read(self, batch):
         """Returns the logits after each prompt of a packed batch, (B, V)."""
@@ -125,12 +129,23 @@ class CachedDecoder:
         self.at, self.rows = at, torch.arange(len(at), device=at.device)
         places = at.tolist()
         self.longest, self.equal = max(places), len(set(places)) == 1
+        self.launch = None  # a recording is valid for these rows only
 
     def next(self, token):
         """Appends one token to each row and returns the logits after it, (B, V)."""
+        if self.launch:
+            return self.launch(token)
         rows, at = (slice(None), self.longest) if self.equal else (self.rows, self.at)
         self.longest += 1
-        decoder, T, B = self.decoder, self.longest, len(token)
+        logits = self.step(token, rows, at, self.longest)
+        if self.record:  # the whole cache and no numbers of Python: the same kernels for each token
+            whole = self.keys[0].shape[-1]
+            self.launch = self.record(lambda x: self.step(x, self.rows, self.at, whole), token)
+        return logits
+
+    def step(self, token, rows, at, T):
+        """Stores the token in the cache, [rows, at], and reads its first T columns."""
+        decoder, B = self.decoder, len(token)
         ahead = torch.arange(T, device=token.device) > self.at[:, None]  # (B, T)
         mask = self.keys[0].new_zeros(ahead.shape).masked_fill(ahead, -torch.inf)
         mask = mask.repeat_interleave(decoder.kv_heads, dim=0)[:, None]  # (B * heads, 1, T)
@@ -143,8 +158,40 @@ class CachedDecoder:
             return torch.bmm(weights.softmax(-1), v).view(B, -1)
 
         hidden = run_layers(decoder, token, self.at, attend)
-        self.at = self.at + 1
+        self.at += 1
         return self.head(hidden)
+
+
+def record(step, token):
+    """Records the kernels of step(token) as a CUDA graph, without running them.
+
+    Returns a function of a token that runs them all: same memory, other values.
+    """
+    graph, stream, token = torch.cuda.CUDAGraph(), side_stream(token.device), token.clone()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            logits = step(token)
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+
+    def launch(new):
+        token.copy_(new)
+        graph.replay()
+        return logits.clone()  # the next launch overwrites them
+
+    return launch
+
+
+@cache
+def side_stream(device):
+    """The stream on which graphs of this GPU are recorded; the default stream refuses."""
+    return torch.cuda.Stream(device)
+
+
+RECORDERS = {"cuda": record}
 
 
 def fused_layer(layer):

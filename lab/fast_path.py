@@ -12,6 +12,7 @@ To turn the fast path off, empty FAMILIES.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -135,23 +136,39 @@ def llama(body):
     layers = []
     for layer in body.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        qk_norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else ()
+        qk_norms = (
+            (fused_norm(attn.q_norm), fused_norm(attn.k_norm)) if hasattr(attn, "q_norm") else ()
+        )
         layers.append(
             Layer(
-                layer.input_layernorm, [attn.q_proj, attn.k_proj, attn.v_proj], qk_norms,
-                attn.o_proj, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj],
+                fused_norm(layer.input_layernorm), [attn.q_proj, attn.k_proj, attn.v_proj],
+                qk_norms, attn.o_proj, fused_norm(layer.post_attention_layernorm),
+                [mlp.gate_proj, mlp.up_proj],
                 lambda gate, up, act=mlp.act_fn: act(gate) * up, mlp.down_proj,
                 attention_dropout=attn.attention_dropout,
             )
         )  # fmt: skip
 
     def rotary(positions):
-        return [x[0][:, None] for x in body.rotary_emb(body.norm.weight, positions[None])]
+        cos, sin = (x[0][:, None] for x in body.rotary_emb(body.norm.weight, positions[None]))
+        a, b = sin.chunk(2, -1)
+        return cos, torch.cat([-a, b], -1)
 
     return Decoder(
-        lambda ids, positions: body.embed_tokens(ids), rotary, layers, body.norm,
+        lambda ids, positions: body.embed_tokens(ids), rotary, layers, fused_norm(body.norm),
         config.num_attention_heads, config.num_key_value_heads, body.layers[0].self_attn.head_dim,
     )  # fmt: skip
+
+
+def fused_norm(norm):
+    """The norm of Llama as PyTorch's own function: one kernel of a GPU instead of seven."""
+    if not type(norm).__name__.endswith("RMSNorm"):  # e.g. inside a wrapper of PEFT
+        return norm
+    return partial(rms_norm, norm, norm.variance_epsilon)
+
+
+def rms_norm(norm, eps, x):
+    return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, eps)
 
 
 FAMILIES = {
@@ -339,15 +356,17 @@ def qkv(decoder, layer, x, angles):
     if layer.qk_norms:
         q, k = layer.qk_norms[0](q), layer.qk_norms[1](k)
     if angles:
-        q, k = apply_rotary(q, *angles), apply_rotary(k, *angles)
+        q, k = apply_rotary(torch.cat([q, k], 1), *angles).split(
+            [decoder.heads, decoder.kv_heads], 1
+        )
     # Under autocast angles and norms are in float32; the cache has the dtype of the products.
     return q.to(v.dtype), k.to(v.dtype), v
 
 
 def apply_rotary(x, cos, sin):
-    """Rotates queries or keys by the angles of their positions."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    """Rotates heads by the angles of their positions: each pair (a, b), half a head apart, becomes
+    (a cos - b sin, b cos + a sin). The first half of `sin` has the minus sign."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def drop(x, p):

@@ -109,8 +109,8 @@ def machine_of(cfg, gpu=None):
 def measured(device, dtype, size=None):
     """The rates of this machine: operations a second of matrix products, bytes a second."""
     size = size or (1024 if device.type == "cpu" else 8192)
-    x = torch.ones(size, size, device=device, dtype=dtype)
-    y = torch.ones(2**25, device=device)
+    x = torch.randn(size, size, device=device, dtype=dtype)  # a GPU multiplies ones faster
+    y = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)  # more than its cache
     products, reads = (
         min(seconds(work, device) for _ in range(3)) for work in (lambda: x @ x, y.sum)
     )

@@ -134,6 +134,57 @@ def test_answers_do_not_depend_on_how_often_finished_rows_leave(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", "qwen2"])
+def test_a_recorded_step_gives_the_same_answers(tokenizer, monkeypatch, family, device):
+    """A GPU records the kernels of a token; the CPU runs the same step again, unrecorded."""
+    cfg = util.Config("smoke", device=device, max_new_tokens=21)
+    model = random_model(family, len(tokenizer), initializer_range=0.1).to(device)
+    prompts = [f"Human: {a} {b}? Assistant:" for a in WORDS[:4] for b in WORDS]
+    prompts += ["Human: Why? Assistant:"]  # unequal lengths
+    tokens = util.encode_prompts(tokenizer, prompts, cfg, model.device)
+    how = util.sampling(cfg, model, tokenizer) | {"eos_token_id": [*range(1, len(tokenizer), 8)]}
+    found, record, recorded = [], decoding.RECORDERS.get("cuda"), []
+
+    def noted(step, token):
+        recorded.append(len(token))
+        return record(step, token) if token.is_cuda else step
+
+    for recorders in ({torch.device(device).type: noted}, {}):
+        monkeypatch.setattr(decoding, "RECORDERS", recorders)
+        found.append(util.generate(model, *tokens, **how, generator=util.rng_for(cfg, "x")))
+    assert recorded[0] == 2, "the comparison with the plain path"
+    assert recorded[1] == len(prompts) and recorded[-1] < len(prompts), "rows have left the batch"
+    (ids, mask, logprobs), (others, other_mask, expected) = found
+    assert torch.equal(ids, others) and torch.equal(mask, other_mask)
+    assert torch.allclose(logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+def test_recorded_steps_neither_wait_nor_keep_memory(tokenizer):
+    cfg = util.Config("smoke", device=GPUS[0], max_new_tokens=7)
+    model = random_model("llama", len(tokenizer)).to(GPUS[0])
+    tokens = util.encode_prompts(tokenizer, ["Human: Why? Assistant:"] * 4, cfg, model.device)
+    how = util.sampling(cfg, model, tokenizer) | {"eos_token_id": None}
+    util.generate(model, *tokens, **how)
+    before, waits = torch.cuda.memory_allocated(), []
+    real = decoding.CachedDecoder.next
+
+    def watched(self, token):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self, token)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(self.launch is not None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding.CachedDecoder, "next", watched)
+        util.generate(model, *tokens, **how)
+    assert waits == [True] * 6
+    assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_cache_has_the_precision_of_the_products(tokenizer, device):
     prompts = [f"Human: {a}? Assistant:" for a in WORDS]
     for family in ("opt", "llama", "qwen2"):
