@@ -124,7 +124,8 @@ def encode_pairs(tokenizer, prompts, answers, cfg, device):
 
 def decode(tokenizer, ids, mask):
     """Answers as text, without eos and padding."""
-    return encoder(tokenizer).texts(row[real].tolist() for row, real in zip(ids, mask))
+    rows = zip(ids.cpu(), mask.cpu())
+    return encoder(tokenizer).texts(row[real].tolist() for row, real in rows)
 
 
 def ended(response_ids, response_mask, eos_token_id):
@@ -1062,8 +1063,9 @@ class Rollout:
     def minibatch(self, rows, device):
         """Some rows, without the columns that are padding in all of them: the four token tensors,
         and a dict of what was computed before the update."""
+        rows = torch.as_tensor(rows, device=self.mask.device)  # once, not for every tensor
         prompt_ids, prompt_mask, response_ids, mask = (x[rows].to(device) for x in self.tokens)
-        P, R = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+        P, R = torch.stack([prompt_mask.sum(1).max(), mask.sum(1).max()]).tolist()
         tokens = prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], mask[:, :R]
         names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
         return tokens, {name: getattr(self, name)[rows, :R].to(device) for name in names}

@@ -13,6 +13,7 @@ of 4 bits need peft and bitsandbytes; without them they are skipped, with a line
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ import util  # noqa: E402
 from bench import common  # noqa: E402
 from lab import fits, models  # noqa: E402
 
-ANSWER, EPOCHS, MINIBATCH = 64, 4, 16
+ANSWER, EPOCHS = 64, 4
 SPECIAL = dict(pad_token_id=common.PAD, bos_token_id=common.EOS, eos_token_id=common.EOS)
 SHAPES = {
     "tiny": lambda: common.opt_config("tiny"),
@@ -82,10 +83,11 @@ def generation(config, cfg, device, batch, rounds):
 
 def crew_of(config, cfg, device):
     """The four models of PPO; the value model and the reward model have the policy's body."""
-    one, tokenizer = {"num_labels": 1}, common.number_tokenizer(config.vocab_size)
+    tokenizer = common.number_tokenizer(config.vocab_size)
     policy = models.trainable(model_of(AutoModelForCausalLM, config, device), cfg, drop=False)
     reference = models.frozen(model_of(AutoModelForCausalLM, config, device), cfg)
-    config = type(config)(**config.to_dict() | one)
+    config = copy.deepcopy(config)
+    config.num_labels = 1
     reward = util.RewardModel.__new__(util.RewardModel)  # as if loaded from a folder
     critic = model_of(AutoModelForSequenceClassification, config, device, seed=1)
     reward.model, reward.tokenizer, reward.cfg = models.frozen(critic, cfg), tokenizer, cfg
@@ -146,16 +148,16 @@ def ppo(config, cfg, device, rounds, flops_rate, bytes_rate):
         }
 
 
-def config_for(device, batch):
+def config_for(device, batch, minibatch):
     limits = dict(max_prompt=125, max_new_tokens=ANSWER, steps=10**6, tracker="none")
-    rows = dict(rollout=batch, minibatch=min(MINIBATCH, batch), ppo_epochs=EPOCHS)
-    rates = dict(policy_lr=1e-7, value_lr=1e-7, stop_kl=0.0)
+    rows = dict(rollout=batch, minibatch=minibatch, ppo_epochs=EPOCHS)
+    rates = dict(policy_lr=1e-7, value_lr=1e-7, stop_kl=0.0, precision="auto")
     return util.Config("tiny", device=str(device), **limits | rows | rates)
 
 
-def measure(device, report, shapes=SHAPES, batch=64, rounds=3, size=None):
+def measure(device, report, shapes=SHAPES, batch=64, minibatches=(16, 64), rounds=3, size=None):
     """All tables for one device."""
-    cfg = config_for(device, batch)
+    cfg = config_for(device, batch, batch)
     name = models.precision(cfg)
     flops_rate, bytes_rate = fits.measured(device, models.HALF.get(name, torch.float32), size)
     report.table(
@@ -170,9 +172,15 @@ def measure(device, report, shapes=SHAPES, batch=64, rounds=3, size=None):
         for shape, make in shapes.items()
     ]
     report.table(f"Generation of {ANSWER} tokens, batch {batch}, {name}, on {device}", made)
-    for shape, make in shapes.items():
-        rows = list(ppo(make(), cfg, device, rounds, flops_rate, bytes_rate))
-        report.table(f"PPO iteration, {shape}, {batch} answers, {name}, on {device}", rows)
+    made = [
+        {"shape": shape, "minibatch": minibatch} | row
+        for shape, make in shapes.items()
+        for minibatch in minibatches
+        for row in ppo(
+            make(), config_for(device, batch, minibatch), device, rounds, flops_rate, bytes_rate
+        )
+    ]
+    report.table(f"PPO iteration, {batch} answers, {EPOCHS} epochs, {name}, on {device}", made)
 
 
 def run_tests():
@@ -194,7 +202,7 @@ def main():
     passed = args.no_tests or run_tests()
     report = common.Report(args.out)
     measure(device, report)
-    measure(torch.device("cpu"), report, {"tiny": SHAPES["tiny"]})
+    measure(torch.device("cpu"), report, {"tiny": SHAPES["tiny"]}, minibatches=(16,))
     args.out.with_suffix(".md").write_text(report.text, encoding="utf-8")
     return 0 if passed else 1
 

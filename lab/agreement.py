@@ -36,7 +36,13 @@ def agree(model, path, use, ids, mask, fast, plain):
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     adapter = "_disable_adapters", "merged_adapters"
     kinds = {(type(m), *(bool(vars(m).get(x)) for x in adapter)) for m in model.modules()}
-    key = use, learns, autocast_dtype(model), next(model.parameters()).dtype, frozenset(kinds)
+    key = (
+        use,
+        learns,
+        autocast_dtype(model.device),
+        next(model.parameters()).dtype,
+        frozenset(kinds),
+    )
     if key in known or is_off(model, path):
         return not is_off(model, path)
     texts = [ids[i][mask[i]][: 8 - n] for n, i in enumerate(sorted({0, len(ids) // 2}))]
@@ -89,15 +95,15 @@ def turn_off(model, path, reason):
     )
 
 
-def autocast_dtype(model):
-    """Returns the dtype of autocast on the model's device; None if autocast is off."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def autocast_dtype(device):
+    """Returns the dtype of autocast on a device; None if autocast is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def tolerance(model):
     """Returns the tolerance for the least precise dtype in the model's matrix products."""
-    dtypes = {p.dtype for p in model.parameters()} | {autocast_dtype(model)}
+    dtypes = {p.dtype for p in model.parameters()} | {autocast_dtype(model.device)}
     # Layers in 4 bits have a compute_dtype.
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     if model.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":

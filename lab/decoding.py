@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from lab.agreement import agree
+from lab.agreement import agree, autocast_dtype
 from lab.fast_path import decoder_of, layout, run_layers
 from lab.plain_path import forward
 from lab.sharding import unwrapped
@@ -208,9 +208,7 @@ def fused(matrices):
         return lambda x: torch.cat([matrix(x) for matrix in matrices], -1)
     weight = torch.cat(parts) if parts[1:] else parts[0]
     bias = torch.cat(biases) if biases[1:] and biases[0] is not None else biases[0]
-    device = weight.device.type
-    if torch.is_autocast_enabled(device):  # autocast would convert both again at every token
-        dtype = torch.get_autocast_dtype(device)
+    if dtype := autocast_dtype(weight.device):  # it would convert both again at every token
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif worth_packing(weight):  # oneDNN needs a blocked layout: convert once, not at every token
         op = torch.ops.mkldnn

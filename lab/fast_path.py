@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import transformers
 
 from lab import plain_path
-from lab.agreement import agree, is_off, turn_off
+from lab.agreement import agree, autocast_dtype, is_off, turn_off
 from lab.plain_path import forward, has_hooks
 from lab.sharding import unwrapped
 
@@ -337,12 +337,14 @@ def run_layers(decoder, ids, positions, attend, wanted=None):
     `wanted` tokens only."""
     x = decoder.embed(ids, positions)
     angles = decoder.rotary(positions) if decoder.rotary else None
+    dtype = autocast_dtype(x.device) or x.dtype
     for i, layer in enumerate(decoder.layers):
-        seen = attend(i, *qkv(decoder, layer, layer.norm1(x), angles))
+        # Under autocast each matrix would convert its input; so convert it once for all of them.
+        seen = attend(i, *qkv(decoder, layer, layer.norm1(x).to(dtype), angles))
         if wanted is not None and i == len(decoder.layers) - 1:
             x, seen = x.index_select(0, wanted), seen.index_select(0, wanted)
         x = x + drop(layer.out(seen), layer.dropout)
-        normed = layer.norm2(x)
+        normed = layer.norm2(x).to(dtype)
         x = x + drop(layer.down(layer.act(*(up(normed) for up in layer.up))), layer.dropout)
     return decoder.norm(x)
 

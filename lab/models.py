@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{processes.local_rank()}" if name == "cuda" else name)
-        torch.zeros(1, device=device).item()  # fails on "meta", which stores no values
+        check_values(device)
         if device.type == "cuda":  # kernels of other packages use the current device
             torch.cuda.set_device(device)
         return device
@@ -58,6 +59,12 @@ def find_device(name):
         raise CourseError(
             f"device = {name!r} is not available here; choose from: {known}."
         ) from None
+
+
+@cache  # it makes a GPU wait
+def check_values(device):
+    """Fails on a device that is not there, and on "meta", which stores no values."""
+    torch.zeros(1, device=device).item()
 
 
 def load_tokenizer(path, cfg=None):

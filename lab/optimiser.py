@@ -33,6 +33,7 @@ def listed(loss_of):
 
 def numbers(stats):
     """One-element tensors and numbers as floats. The tensors of a GPU are fetched all at once."""
+    stats = list(stats)
     tensors = [x.detach().reshape(()) for x in stats if isinstance(x, torch.Tensor)]
     fetched = iter(torch.stack(tensors).tolist() if tensors else [])
     return [next(fetched) if isinstance(x, torch.Tensor) else float(x) for x in stats]
@@ -94,7 +95,7 @@ class Optimiser:
         self.scaler.unscale_(self.adamw)
         clip = torch.nn.utils.clip_grad_norm_
         norms = [clip(group, self.cfg.grad_clip) for group in self.parameters]
-        norms = [float(sharding.gathered(norm)) for norm in norms]
+        norms = numbers(map(sharding.gathered, norms))
         self.apply(all(map(math.isfinite, [stats["loss"], *norms])), int(progress) + 1)
         figures = {"grad_norm": norms[0], "lr": self.peaks[0] * scale}
         return stats | figures | {"skipped": self.state["skipped"]}

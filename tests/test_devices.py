@@ -256,13 +256,14 @@ def test_the_measurements_of_make_gpu(tmp_path, monkeypatch):
     small = {"small": lambda: common.opt_config("tiny", hidden_size=32, num_hidden_layers=1)}
     monkeypatch.setattr(gpu, "ANSWER", 6)
     report = common.Report(tmp_path / "gpu.json")
-    gpu.measure(torch.device("cpu"), report, small, batch=4, rounds=1, size=256)
+    gpu.measure(torch.device("cpu"), report, small, 4, (2, 4), rounds=1, size=256)
     titles = [title.split(" on ")[0] for title in report.tables if title != "machine"]
     assert [t.split(",")[0] for t in titles] == [
         "Rates of cpu", "Generation of 6 tokens", "PPO iteration"
     ]  # fmt: skip
     rows = next(x for title, x in report.tables.items() if title.startswith("PPO"))
-    assert {row["phase"] for row in rows} == {"generate", "score", "update"}
+    phases = [(n, phase) for n in (2, 4) for phase in ("generate", "score", "update")]
+    assert [(row["minibatch"], row["phase"]) for row in rows] == phases
     assert all(0 < share < 1 for row in rows for share in row["share of the matmul rate"])
     assert "| small" in report.text and (tmp_path / "gpu.json").exists()
 
