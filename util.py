@@ -61,7 +61,17 @@ from lab.data import with_pairs
 from lab.models import choose_base, load_actor, load_both, load_scorer, load_tokenizer, pick_device  # noqa: F401
 from lab.optimiser import Optimiser, chunks, text_length
 from lab.passes import in_parts
-from lab.rewards import Ensemble, ask, code_of, models_in, name_of, named, normalised, parse
+from lab.rewards import (
+    Ensemble,
+    ask,
+    code_of,
+    metrics_of,
+    models_in,
+    name_of,
+    named,
+    normalised,
+    parse,
+)  # fmt: skip
 from lab.runs import Stage, artifact, digest, has_record
 from lab.splits import (
     batches,
@@ -1444,7 +1454,7 @@ def evaluate(crew, rows, cfg, generator, *, temperature=None, kept=None):
 
     The list `kept` gets the tokens of each part and the log-probs of its answers.
     """
-    metrics = metrics_of(cfg)
+    metrics = metrics_of(cfg.metric)
 
     def work(part):
         asked = [row["prompt"] for row in part]
@@ -1600,19 +1610,6 @@ def backward_kl(model, kept, cfg):
             own, _ = response_logprobs(model, *tokens, temperature=cfg.temperature, entropy=False)
         gaps += (logprobs - own.sum(1)).tolist()
     return sum(gaps) / len(gaps)
-
-
-def metrics_of(cfg):
-    """The functions that cfg.metric names, by their last names."""
-    metrics = {}
-    for path in filter(None, map(str.strip, cfg.metric.split(","))):
-        name = path.rpartition(".")[2]
-        if name in metrics:
-            raise CourseError(
-                f"metric = {cfg.metric!r} has two functions named {name}: rename or remove one."
-            )
-        metrics[name] = named("metric", path, {})
-    return metrics
 
 
 @errors.plain_errors

@@ -98,7 +98,9 @@ class Config(Settings):
     )
     eval_batch: int = knob(250, "all", "batch size where no gradients are needed")
     memory: float = knob(
-        0.0, "all", "memory limit of a stage in GB, weights included; 0: 60 % of what is free, on a GPU 75 %"
+        0.0,
+        "all",
+        "memory limit of a stage in GB, weights included; 0: 60 % of what is free, on a GPU 75 %",
     )
     validation_rows: int = knob(200, "actor", "rows of the SFT share held out for validation")
     weight_decay: float = knob(0.01, "base actor critic rlhf", "AdamW: weight decay")

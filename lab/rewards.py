@@ -148,6 +148,19 @@ def named(what, name, shipped):
     return found
 
 
+def metrics_of(text):
+    """Returns {name: function} for a text like "length, my_module.politeness": cfg.metric."""
+    metrics = {}
+    for path in filter(None, map(str.strip, text.split(","))):
+        name = path.rpartition(".")[2]
+        if name in metrics:
+            raise CourseError(
+                f"metric = {text!r} has two functions named {name}: rename or remove one."
+            )
+        metrics[name] = named("metric", path, {})
+    return metrics
+
+
 def name_of(function, shipped, preferred=""):
     """Returns the name by which `named` finds a function; `preferred` if it has several names."""
     names = [name for name, known in shipped.items() if known is function]
