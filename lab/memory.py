@@ -8,6 +8,7 @@ same blocks each time, so without `keep` it spends up to half of its time on thi
 import ctypes
 import gc
 import sys
+from contextlib import contextmanager
 
 import psutil
 
@@ -17,6 +18,7 @@ from lab.sharding import here, is_sharded
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
 LARGE = 2**27  # bytes of weights from which an update is so slow that `trim` costs little
+OFTEN = 2**25  # bytes of new gradients after which a backward pass of such models trims again
 
 
 def c_library(function):
@@ -46,6 +48,39 @@ def trim():
     malloc_trim = c_library("malloc_trim")
     if malloc_trim:
         malloc_trim(0)
+
+
+def large(models):
+    """Returns whether models are so large that `trim` costs little beside a pass."""
+    return sum(p.nbytes for model in models for p in model.parameters()) > LARGE
+
+
+@contextmanager
+def tidy(models):
+    """Trims before the first passes of an update of large models on the CPU, and inside whenever
+    OFTEN bytes of gradients have come: these stand between blocks of the graph that are free then,
+    and free blocks between used ones add up."""
+    learning = [p for model in models for p in model.parameters() if p.requires_grad]
+    new = [p for p in learning if p.grad is None and p.device.type == "cpu"]
+    if not (new and large(models)):
+        yield
+        return
+    came = 0
+
+    def count(parameter):
+        nonlocal came
+        came += parameter.nbytes
+        if came > OFTEN:
+            came = 0
+            trim()
+
+    trim()
+    hooks = [p.register_post_accumulate_grad_hook(count) for p in new]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -117,8 +117,6 @@ class Optimiser:
         With sharded models each process takes as many pieces; `spare` is a row without weight.
         """
         self.adamw.zero_grad()
-        if sum(p.nbytes for model in self.models for p in model.parameters()) > memory.LARGE:
-            memory.trim()  # free blocks between used ones add up
         parts, pieces = [], [(piece, True) for piece in chunks(rows, size)]
         if self.sharded:
             pieces = list(sharding.pieces(rows, size, spare))
@@ -127,10 +125,10 @@ class Optimiser:
             total, told = 0, {}
             for loss_of_one in listed(loss_of):
                 with matmul.fast_matmul(self.models[0]):
-                    with models.autocast(self.cfg, self.models[0]):
+                    with memory.tidy(self.models), models.autocast(self.cfg, self.models[0]):
                         loss, weight, stats = loss_of_one(piece)
                     weight = 1 if alone else weight * real
-                    with sharding.in_step(self.models[0]):
+                    with memory.tidy(self.models), sharding.in_step(self.models[0]):
                         self.scaler.scale(loss * weight).backward()
                 total, told = total + loss.detach(), told | stats
                 del loss  # the next graph needs its memory
@@ -198,6 +196,8 @@ class Optimiser:
 
     def in_parts(self, work, rows, generator):
         """Results of `work(part)` without gradients, for parts of `rows` that fit into memory."""
+        if memory.large(self.models):
+            memory.trim()  # the last update has left free blocks between used ones
         row = memory.of_reading(self.models[0], self.cfg.max_prompt + self.cfg.max_new_tokens)
         self.state["rollout_batch"] = memory.at_once(self.state["rollout_batch"], row, self.room())
         how = {"state": self.state, "name": "rollout_batch", "leave": self.leave(), "say": self.say}
@@ -232,16 +232,35 @@ class Optimiser:
             i, before = lengths.index(longest), self.state["micro_batch"]
             row, needed = rows[i : i + 1], partial(memory.of_update, models=self.models)
             found = [needed(partial(loss_of_one, row)) for loss_of_one in listed(loss_of)]
-            found = [max(column) for column in zip(*found)]  # one loss after the other
-            size = memory.at_once(before, found[1], room - found[0])
+            once, each = map(max, zip(*found))  # one loss after the other
+            size = memory.at_once(before, each, room - once)
+            untouched = before == self.sizes["micro_batch"] and not self.sharded
+            if untouched and self.fits_whole(found, before):
+                size = before
             self.state |= {"longest": longest, "micro_batch": size}
             if size < before:
                 self.say(f"updates take {size} rows at once, so that they fit into memory.")
-            if self.cfg.memory and sum(found) > room:
+            if self.cfg.memory and once + each > room:
                 limit = self.cfg.memory
-                need = f"{limit + (sum(found) - room) / 1e9:.1f} GB"
+                need = f"{limit + (once + each - room) / 1e9:.1f} GB"
                 self.say(f"memory = {limit:g} is too little: one row at a time takes {need}.")
         return self.state["micro_batch"]
+
+    def fits_whole(self, found, rows):
+        """Whether `rows` rows fit in one piece. `found`: what one row needs, for each loss.
+
+        `room` is what a piece may use beside all gradients. Those of a single piece come while its
+        graph goes. Beside the whole graph are those of the losses before, and that of the head,
+        which comes first: at most the largest one. At the end there are all, but no graph.
+        """
+        sizes = [[p.nbytes for p in group] for group in self.parameters]
+        sizes = sizes if found[1:] else [sum(sizes, [])]
+        peaks, there = [], 0
+        for (once, row), own in zip(found, sizes):
+            peaks.append(there + max(own) + once + rows * row)
+            there += sum(own)
+            peaks.append(there + once + row)
+        return max(peaks) <= self.room() + there
 
     def leave(self):
         """What to do when one row is too much for a GPU; None where that is an error."""

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -83,12 +85,25 @@ def test_who_trains_keeps_and_a_notebook_that_has_trained_gives_back(monkeypatch
 def test_large_models_tidy_up_before_each_update_and_small_ones_lose_no_time(actor, monkeypatch):
     model, cfg, loss_of, _ = actor
     calls, optimiser = [], optimiser_of(model, cfg.changed(micro_batch=4))
-    monkeypatch.setattr(memory, "trim", lambda: calls.append(1))
+
+    def had():
+        return sum(p.nbytes for p in model.parameters() if p.grad is not None)
+
+    monkeypatch.setattr(memory, "trim", lambda: calls.append(had()))
     optimiser.step(ROWS, loss_of, 0)
     assert not calls
     monkeypatch.setattr(memory, "LARGE", 1000)
     optimiser.step(ROWS, loss_of, 1)
-    assert calls == [1]
+    assert calls == [0, 0], "before both passes of the first piece"
+    calls.clear()
+    whole = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(memory, "OFTEN", whole // 4)
+    optimiser.step(ROWS, loss_of, 2)
+    assert calls[:2] == [0, 0] and 2 <= len(calls[2:]) <= 3
+    assert calls[2:] == sorted(set(calls[2:])) and calls[2] > whole // 4
+    calls.clear()
+    assert list(optimiser.in_parts(len, ROWS, None)) == [8] and calls == [0], "before a rollout"
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------- updates in pieces
@@ -180,6 +195,56 @@ def test_two_models_that_learn_need_the_memory_of_one_graph(actor):
     assert optimiser.update_size(ROWS, [loss_of, later]) == 8
     optimiser.step(ROWS, [loss_of, later], 0)
     assert ready and all(map(all, ready)), "the first graph is used up before the second begins"
+
+
+def peak_of(work):
+    """The most bytes of tensors that work() holds at a time."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
+    return max(accumulate(x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())))
+
+
+def test_a_batch_stays_whole_where_its_gradients_leave_room_for_it(tokenizer, make_model):
+    """Beside pieces there are all gradients; beside one piece they come as its graph goes."""
+    wide = dict(hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024)
+    model = make_model("opt", len(tokenizer), **wide)
+    cfg = Config("smoke", device="cpu", max_prompt=30, max_new_tokens=8)
+
+    def loss_of(rows):
+        return util.sft_loss(model, tokenizer, cfg, rows)
+
+    longest = max(ROWS, key=util.text_length)
+    loss_of([longest])  # the first pass of a model also tests its fast path
+    once, row = memory.of_update(lambda: loss_of([longest]), [model])
+    sizes = [p.nbytes for p in model.parameters()]
+    enough = once + 8 * row + max(sizes) - sum(sizes)
+    assert row < enough < 4 * row, "without its gradients it would be cut"
+    for room in (enough + row, enough - row):
+        optimiser = optimiser_of(model, cfg.changed(memory=limit_for(room, model)))
+        size = optimiser.update_size(ROWS, loss_of)
+        assert size == 8 if room > enough else size <= 2
+    optimiser = optimiser_of(model, cfg.changed(memory=limit_for(enough + row, model)))
+    optimiser.room()
+    optimiser.state["micro_batch"] = 4  # memory had run out
+    assert optimiser.update_size(ROWS, loss_of) <= 4
+    peaks = {}
+    for size in (8, 4):
+        optimiser.adamw.zero_grad()
+        peaks[size] = peak_of(partial(optimiser.backward, ROWS, loss_of, size))
+    assert peaks[8] < enough + sum(sizes) and peaks[8] < peaks[4]
+
+
+def test_the_second_graph_stands_beside_the_gradients_of_the_first_model(monkeypatch):
+    policy, values = (torch.nn.Linear(100, 100, bias=False) for _ in range(2))  # 40 kB each
+    rates = [(policy, 0.1), (values, 0.1)]
+    optimiser = util.Optimiser(Config("smoke"), rates, 1, batch=8)
+    monkeypatch.setattr(optimiser, "room", lambda: 20_000)
+    assert optimiser.fits_whole([(0, 7_000), (0, 2_000)], 8)  # 40 + 56 and 40 + 40 + 16 of 100 kB
+    assert not optimiser.fits_whole([(0, 2_000), (0, 7_000)], 8)  # 40 + 40 + 56
+    assert not optimiser.fits_whole([(5_000, 7_000), (0, 2_000)], 8)
+    assert optimiser.fits_whole([(0, 7_000)], 8)  # one loss for both
+    assert not optimiser.fits_whole([(14_000, 7_000)], 1), "at the end: 80 + 21"
 
 
 def test_measuring_leaves_no_trace(actor):
