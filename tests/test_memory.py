@@ -197,6 +197,18 @@ def test_two_models_that_learn_need_the_memory_of_one_graph(actor):
     assert ready and all(map(all, ready)), "the first graph is used up before the second begins"
 
 
+def test_the_first_pass_of_a_model_is_measured_like_all_others(tokenizer, make_model):
+    """The first pass compares the fast path with the model's own forward, which saves tensors."""
+    model = make_model("opt", len(tokenizer))
+    cfg = Config("smoke", device="cpu", max_prompt=30, max_new_tokens=8)
+
+    def needed():
+        return memory.of_update(lambda: util.sft_loss(model, tokenizer, cfg, ROWS[:1]), [model])
+
+    first = needed()
+    assert first[1] == pytest.approx(needed()[1], rel=0.1)
+
+
 def peak_of(work):
     """The most bytes of tensors that work() holds at a time."""
     with torch.profiler.profile(profile_memory=True) as profile:
