@@ -18,7 +18,7 @@ from lab.sharding import here, is_sharded
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # the parameters of glibc's mallopt
 LARGE = 2**27  # bytes of weights from which an update is so slow that `trim` costs little
-OFTEN = 2**25  # bytes of new gradients after which a backward pass of such models trims again
+OFTEN = 2**26  # bytes of new gradients after which a backward pass of such models trims again
 
 
 def c_library(function):

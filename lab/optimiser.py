@@ -249,9 +249,10 @@ class Optimiser:
     def fits_whole(self, found, rows):
         """Whether `rows` rows fit in one piece. `found`: what one row needs, for each loss.
 
-        `room` is what a piece may use beside all gradients. Those of a single piece come while its
-        graph goes. Beside the whole graph are those of the losses before, and that of the head,
-        which comes first: at most the largest one. At the end there are all, but no graph.
+        `room` is what a piece may use beside all gradients. The gradients of a single piece come
+        while its graph goes, so two moments count for each loss. At first the whole graph stands
+        beside the gradients of the losses before and that of the head, which comes first (at most
+        the largest one). At the end there are all gradients, and hardly any graph.
         """
         sizes = [[p.nbytes for p in group] for group in self.parameters]
         sizes = sizes if found[1:] else [sum(sizes, [])]
