@@ -117,6 +117,8 @@ class Optimiser:
         With sharded models each process takes as many pieces; `spare` is a row without weight.
         """
         self.adamw.zero_grad()
+        if memory.large(self.models):
+            memory.trim()  # free blocks between used ones add up
         parts, pieces = [], [(piece, True) for piece in chunks(rows, size)]
         if self.sharded:
             pieces = list(sharding.pieces(rows, size, spare))

@@ -94,16 +94,36 @@ def test_large_models_tidy_up_before_each_update_and_small_ones_lose_no_time(act
     assert not calls
     monkeypatch.setattr(memory, "LARGE", 1000)
     optimiser.step(ROWS, loss_of, 1)
-    assert calls == [0, 0], "before both passes of the first piece"
-    calls.clear()
-    whole = sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(memory, "OFTEN", whole // 4)
-    optimiser.step(ROWS, loss_of, 2)
-    assert calls[:2] == [0, 0] and 2 <= len(calls[2:]) <= 3
-    assert calls[2:] == sorted(set(calls[2:])) and calls[2] > whole // 4
+    assert calls == [0], "before the update"
     calls.clear()
     assert list(optimiser.in_parts(len, ROWS, None)) == [8] and calls == [0], "before a rollout"
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_where_two_large_models_learn_free_blocks_go_back_between_the_gradients(
+    actor, tokenizer, monkeypatch
+):
+    model, cfg, loss_of, _ = actor
+    other, calls, whole = copy.deepcopy(model), [], sum(p.nbytes for p in model.parameters())
+    optimiser = util.Optimiser(cfg, [(model, 1e-3), (other, 1e-3)], 10, batch=8)
+
+    def other_loss(rows):
+        return util.sft_loss(other, tokenizer, cfg, rows)
+
+    def had():
+        parameters = (p for m in (model, other) for p in m.parameters())
+        return sum(p.nbytes for p in parameters if p.grad is not None)
+
+    monkeypatch.setattr(memory, "trim", lambda: calls.append(had()))
+    monkeypatch.setattr(memory, "LARGE", 1000)
+    monkeypatch.setattr(memory, "OFTEN", whole // 4)
+    optimiser.step(ROWS, [loss_of, other_loss], 0)
+    assert calls[:3] == [0, 0, 0], "before the update and before both passes of the first model"
+    first = [x for x in calls[3:] if x < whole]
+    assert first and first == sorted(set(first)) and first[0] > whole // 4
+    assert calls.count(whole) >= 2 and max(calls) > whole, "the same for the second model"
+    assert not any(
+        p._post_accumulate_grad_hooks for p in (*model.parameters(), *other.parameters())
+    )
 
 
 # ---------------------------------------------------------------------------- updates in pieces
