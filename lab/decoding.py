@@ -87,7 +87,8 @@ class CachedDecoder:
     def __init__(self, model, decoder, room):
         self.decoder = replace(decoder, layers=[fused_layer(x) for x in decoder.layers])
         self.head, self.room = fused([model.lm_head]), max(room, 2)
-        plain = all(p.is_floating_point() for p in model.parameters())  # else kernels of others run
+        # Weights in 4 bits have kernels of their own, which a graph may not be able to hold.
+        plain = all(p.is_floating_point() for p in model.parameters())
         self.record = RECORDERS.get(model.device.type) if plain else None
 
     def read(self, batch):

@@ -136,14 +136,12 @@ def llama(body):
     layers = []
     for layer in body.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        qk_norms = (
-            (fused_norm(attn.q_norm), fused_norm(attn.k_norm)) if hasattr(attn, "q_norm") else ()
-        )
+        norms = [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
         layers.append(
             Layer(
                 fused_norm(layer.input_layernorm), [attn.q_proj, attn.k_proj, attn.v_proj],
-                qk_norms, attn.o_proj, fused_norm(layer.post_attention_layernorm),
-                [mlp.gate_proj, mlp.up_proj],
+                tuple(map(fused_norm, norms)), attn.o_proj,
+                fused_norm(layer.post_attention_layernorm), [mlp.gate_proj, mlp.up_proj],
                 lambda gate, up, act=mlp.act_fn: act(gate) * up, mlp.down_proj,
                 attention_dropout=attn.attention_dropout,
             )
@@ -358,9 +356,8 @@ def qkv(decoder, layer, x, angles):
     if layer.qk_norms:
         q, k = layer.qk_norms[0](q), layer.qk_norms[1](k)
     if angles:
-        q, k = apply_rotary(torch.cat([q, k], 1), *angles).split(
-            [decoder.heads, decoder.kv_heads], 1
-        )
+        both = apply_rotary(torch.cat([q, k], 1), *angles)
+        q, k = both.split([decoder.heads, decoder.kv_heads], 1)
     # Under autocast angles and norms are in float32; the cache has the dtype of the products.
     return q.to(v.dtype), k.to(v.dtype), v
 
