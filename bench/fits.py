@@ -3,6 +3,7 @@
     python bench/fits.py --out docs/fits.json             # measure and compare
     python bench/fits.py --out docs/fits.json --models    # estimate well-known models
     python bench/fits.py --page docs/fits.json            # write docs/scale.md
+    python bench/fits.py --gpu                            # compare on this machine's GPU
 
 Each case is two updates of small random models on the CPU, in a process of its own. Measured are
 the peak of all tensors, from torch's profiler, and that of the process's resident memory, which
@@ -61,6 +62,24 @@ CASES = {  # name: (shape, stage, parameters)
         LLAMA, "3_rlhf DPO", dict(dpo_batch=4, lora_rank=16, gradient_checkpointing=True),
     ),
 }  # fmt: skip
+QWEN_05B = fits.SHAPES["qwen2.5-0.5b"] | SPECIAL
+ON_GPU = {  # the same for a GPU, with true shapes
+    "opt-125m, PPO, 16 rows": (
+        fits.SHAPES["opt-125m"] | SPECIAL | dict(dropout=0.0), "3_rlhf PPO",
+        dict(rollout=16, minibatch=16),
+    ),
+    "Qwen2.5-0.5B, SFT, 16 rows": (QWEN_05B, "1_actor SFT", dict(actor_batch=16)),
+    "Qwen2.5-0.5B, critic, 8 pairs": (QWEN_05B, "2_critic", dict(critic_batch=8)),
+    "Qwen2.5-0.5B, PPO, LoRA, 16 rows": (
+        QWEN_05B, "3_rlhf PPO", dict(rollout=16, minibatch=16, lora_rank=16),
+    ),
+    "Qwen2.5-0.5B, GRPO, 4 of 16 rows": (
+        QWEN_05B, "3_rlhf GRPO, RLOO", dict(rollout=16, minibatch=16, micro_batch=4),
+    ),
+    "Qwen2.5-0.5B, PPO, checkpointing, 16 rows": (
+        QWEN_05B, "3_rlhf PPO", dict(rollout=16, minibatch=16, gradient_checkpointing=True),
+    ),
+}  # fmt: skip
 CPU = fits.Machine("CPU", None, 1e12, 1e10, "float32", gpu=False)
 NARROW = dict(hidden_size=32, intermediate_size=64, word_embed_proj_dim=32, ffn_dim=64)
 NARROW |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -77,14 +96,14 @@ SHORT = {
 
 
 def config_of(case, device="cpu"):
-    _, stage, given = CASES[case]
+    _, stage, given = (CASES | ON_GPU)[case]
     given = LENGTHS | given | {"micro_batch": given.get("micro_batch", 64), "device": str(device)}
     return fits.config_of(util, given, fits.STAGES[stage][1])
 
 
 def estimated(case, machine=CPU):
     """The estimate in MB, without what Python and the kernels need."""
-    shape, stage, _ = CASES[case]
+    shape, stage, _ = (CASES | ON_GPU)[case]
     shape = AutoConfig.for_model(**shape)
     counter = fits.Counter(util, fits.STAGES[stage][0], config_of(case), shape, machine)
     counter.stage.writes = None  # updates only
@@ -109,15 +128,18 @@ def measured(case):
     return {"allocated": max(accumulate(changes)) / 1e6, "resident": peak.increase_mb}
 
 
-def measured_on_gpu(case, device):
-    """The peak of all tensors in MB."""
-    shape, stage, _ = CASES[case]
+def row_on_gpu(case, device):
+    """The estimate with all that `fits` adds to it, and the peak of all tensors, in MB."""
+    shape, stage, _ = ON_GPU[case]
+    cfg = config_of(case, device)
+    machine = fits.Machine("GPU", None, 1e12, 1e10, models.precision(cfg))
+    expected = estimated(case, machine) + memory.OVERHEAD / 1e6
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    tokenizer = common.number_tokenizer(shape["vocab_size"])
-    train(config_of(case, device), stage, tokenizer, shape)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    train(cfg, stage, common.number_tokenizer(shape["vocab_size"]), shape)
+    found = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return {"estimated": expected, "allocated": found, "error": expected / found - 1}
 
 
 def train(cfg, stage, tokenizer, shape):
@@ -280,9 +302,16 @@ def main():
     parser.add_argument("--models", action="store_true", help="estimate well-known models instead")
     parser.add_argument("--out", type=Path, help="write all figures to this file as JSON")
     parser.add_argument("--page", type=Path, help="write docs/scale.md from this file and stop")
+    parser.add_argument("--gpu", action="store_true", help="compare on a GPU, and stop")
     args = parser.parse_args()
     if args.page:
         return write_page(json.loads(args.page.read_text()))
+    if args.gpu:
+        if not torch.cuda.is_available():
+            raise SystemExit("This machine has no CUDA GPU.")
+        for case in ON_GPU:
+            print(case, row_on_gpu(case, models.find_device("cuda")), flush=True)
+        return
     torch.set_num_threads(1)  # threads do not survive a fork
     warnings.simplefilter("ignore", FutureWarning)
     found = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
