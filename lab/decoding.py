@@ -5,6 +5,7 @@ the start, instead of extending it token by token. On a GPU it records the kerne
 then launches them all at once, because launching them one by one takes longer than running them.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -174,8 +175,11 @@ def record(step, token):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             logits = step(token)
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong in the step counts, e.g. no memory left
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
 
     def launch(new):

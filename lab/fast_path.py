@@ -12,7 +12,6 @@ To turn the fast path off, empty FAMILIES.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 
 import torch
@@ -162,11 +161,8 @@ def fused_norm(norm):
     """The norm of Llama as PyTorch's own function: one kernel of a GPU instead of seven."""
     if not type(norm).__name__.endswith("RMSNorm"):  # e.g. inside a wrapper of PEFT
         return norm
-    return partial(rms_norm, norm, norm.variance_epsilon)
-
-
-def rms_norm(norm, eps, x):
-    return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, eps)
+    weight, eps = norm.weight, norm.variance_epsilon
+    return lambda x: F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
 
 
 FAMILIES = {

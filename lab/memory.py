@@ -90,8 +90,8 @@ def tidy(models):
 # Free memory
 
 OVERHEAD = 0.6e9  # bytes that Python, torch and the kernels of a device use besides tensors
-SHARE = {"cuda": 0.75}  # share of the free memory to use if no limit is given
-OTHERS = 0.6  # the same where other programs need memory, too
+SHARE = 0.6  # share of the free memory to use if no limit is given
+GPU_SHARE = 0.75  # the same on a GPU, which few programs share
 BUSY = 2**29  # bytes of a piece that keep one core busy
 LAPTOP = 4.5e9  # bytes of a stage above which a CPU gains little from larger pieces
 
@@ -146,7 +146,8 @@ def room(limit, models, learning=()):
     there += max(
         sum(p.nbytes - here(p).nbytes for p in m.parameters()) for m in models
     )  # to generate
-    left = limit * 1e9 - there if limit else SHARE.get(device.type, OTHERS) * free(device)
+    share = GPU_SHARE if device.type == "cuda" else SHARE
+    left = limit * 1e9 - there if limit else share * free(device)
     if device.type == "cpu":
         left = left if limit else left / processes.on_this_machine()
         busy = BUSY * max(2, torch.get_num_threads())

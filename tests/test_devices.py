@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,28 @@ def test_a_recorded_step_gives_the_same_answers(tokenizer, monkeypatch, family, 
     (ids, mask, logprobs), (others, other_mask, expected) = found
     assert torch.equal(ids, others) and torch.equal(mask, other_mask)
     assert torch.allclose(logprobs, expected, atol=1e-4)
+
+
+def test_the_error_of_a_step_is_not_hidden_by_its_recording(monkeypatch):
+    """Out of memory must stay what it is, so that the batch is halved."""
+
+    class Graph:
+        def capture_begin(self, **_):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("capture failed")
+
+    def step(token):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(decoding, "side_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding.record(step, torch.zeros(1))
 
 
 @pytest.mark.skipif(not GPUS, reason="needs a GPU")
